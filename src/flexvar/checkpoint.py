@@ -1,0 +1,141 @@
+"""A model is a folder: config.json, tokenizer.safetensors, transformer.safetensors. Read and written here, never half."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from flexvar.sampling import Guidance, Sampling
+from flexvar.tokenizer import Tokenizer, TokenizerConfig
+from flexvar.transformer import Transformer, TransformerConfig
+from flexvar.weights import fill
+
+FORMAT = 1
+CONFIG, TOKENIZER, TRANSFORMER = "config.json", "tokenizer.safetensors", "transformer.safetensors"
+
+D = TypeVar("D")
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How a model draws when it is not told otherwise."""
+
+    height: int = 256
+    width: int = 256
+    num_inference_steps: int = 10
+    guidance: Guidance = field(default_factory=Guidance)
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model folder holds. The transformer is None while only the tokenizer has been trained."""
+
+    tokenizer: Tokenizer
+    transformer: Transformer | None = None
+    class_names: tuple[str, ...] = ()
+    defaults: Defaults = field(default_factory=Defaults)
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # how it came to be, in plain words and figures
+
+
+def save(model: Model, folder: Path | str, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
+    """Writes a model folder. Every file is written under another name and put in place when it is complete.
+
+    Raises FileExistsError when the folder holds a model already and `overwrite` is not set.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG).exists() and not overwrite:
+        raise FileExistsError(f"{folder} holds a model already; choose another folder or ask for overwriting")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": FORMAT,
+        "tokenizer": dataclasses.asdict(model.tokenizer.config),
+        "transformer": dataclasses.asdict(model.transformer.config) if model.transformer else None,
+        "class_names": list(model.class_names),
+        "defaults": dataclasses.asdict(model.defaults),
+        "provenance": dict(model.provenance),
+    }
+    _save_weights(model.tokenizer, folder / TOKENIZER, dtype)
+    if model.transformer:
+        _save_weights(model.transformer, folder / TRANSFORMER, dtype)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load(folder: Path | str) -> Model:
+    """Reads a model folder onto the CPU in float32, in evaluation mode.
+
+    Raises FileNotFoundError or ValueError, in one line, for a folder, file or tensor that is missing, damaged or does not fit.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it holds no {CONFIG}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if config["format"] > FORMAT:
+            raise ValueError(f"{folder} is of format {config['format']}, newer than this flexvar can read ({FORMAT}); update flexvar")
+        transformer_config = config["transformer"] and _built(TransformerConfig, config["transformer"])
+        tokenizer_config = _built(TokenizerConfig, config["tokenizer"])
+        defaults = dict(config["defaults"])
+        guidance, sampling = _built(Guidance, defaults.pop("guidance")), _built(Sampling, defaults.pop("sampling"))
+        defaults = Defaults(guidance=guidance, sampling=sampling, **defaults)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read ({type(error).__name__}: {error}); write the folder again") from error
+    with torch.device("meta"):
+        tokenizer = Tokenizer(tokenizer_config)
+        transformer = Transformer(transformer_config) if transformer_config else None
+    return Model(
+        tokenizer=_load_weights(tokenizer, folder / TOKENIZER),
+        transformer=_load_weights(transformer, folder / TRANSFORMER) if transformer else None,
+        class_names=tuple(config["class_names"]),
+        defaults=defaults,
+        provenance=config["provenance"],
+    )
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` fill a file beside `path` and puts it in place when it is complete: a full disk or a kill leaves the old file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _save_weights(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}
+    write_whole(path, lambda beside: save_file(tensors, beside))
+
+
+def _load_weights(module: M, path: Path) -> M:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; the model folder is not complete")
+    try:
+        return fill(module, load_file(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or fetch it again") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _built(kind: type[D], values: Mapping[str, Any]) -> D:
+    """A config dataclass from JSON, whose lists are tuples here."""
+    return kind(**{key: _tuples(value) for key, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,18 @@
+"""Labelled pictures to train on: folders of pictures, emoji scenes, drawn shapes."""
+
+from flexvar.data.emoji import WELL_KNOWN, EmojiScenes, every_emoji
+from flexvar.data.images import ImageFolder, imagenet_classes, open_picture
+from flexvar.data.shapes import Shapes
+from flexvar.data.source import PictureSource, write_pictures
+
+__all__ = [
+    "WELL_KNOWN",
+    "EmojiScenes",
+    "ImageFolder",
+    "PictureSource",
+    "Shapes",
+    "every_emoji",
+    "imagenet_classes",
+    "open_picture",
+    "write_pictures",
+]

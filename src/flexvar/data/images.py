@@ -1,0 +1,156 @@
+"""Folders of pictures: read in whatever form they come, resized and cropped to the size asked for."""
+
+import json
+import os
+import warnings
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from flexvar.data.source import check_request
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class ImageFolder:
+    """A PictureSource over a folder of class folders, in sorted order: `root`/<class>/**/*.png, jpg, jpeg, webp or bmp.
+
+    A folder that holds pictures and no class folders is one class with the folder's name. Folders with ImageNet's
+    names (n01440764) get the class's English name (tench).
+
+    With `augment`, a picture is resized to cover the size asked for times a factor drawn from the range `resize`,
+    cropped at a random place and, with `flip`, mirrored every second time. Without it (evaluation), it is resized to
+    just cover the size and cropped at the centre, and `resize` and `flip` have no effect.
+
+    Files that cannot be read are collected in `unreadable`, with one warning each (per process).
+
+    Raises FileNotFoundError for a folder that is missing or has no pictures, and ValueError for an empty class folder,
+    pictures beside class folders, or a `resize` that is not 1 <= smallest <= largest.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        flip: bool = True,
+        resize: tuple[float, float] = (1.0, 1.136),
+        augment: bool = True,
+    ) -> None:
+        if not 1 <= resize[0] <= resize[1]:
+            raise ValueError(f"resize is {tuple(resize)}: give (smallest, largest) factors of at least 1")
+        self.root = Path(root)
+        self.flip, self.resize, self.augment = flip, resize, augment
+        self.unreadable: list[Path] = []
+        classes = _classes_in(self.root)
+        names = dict(imagenet_classes())
+        self.class_names: tuple[str, ...] = tuple(names.get(name, name) for name in classes)
+        self.pictures: list[tuple[Path, int]] = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def draw(self, index: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """Picture `index` at `size` = (height, width): uint8 (height, width, 3) RGB, and its label. See PictureSource.
+
+        In place of an unreadable file comes the next readable one, with that one's label. Raises ValueError where no
+        file can be read.
+        """
+        check_request(index, len(self), size)
+        for step in range(len(self)):
+            path, label = self.pictures[(index + step) % len(self)]
+            if path in self.unreadable:
+                continue
+            try:
+                picture = open_picture(path)
+            except (OSError, ValueError) as error:
+                self.unreadable.append(path)
+                warnings.warn(f"skipped a picture: {error}", stacklevel=2)
+                continue
+            return self._fit(picture, size, rng), label
+        raise ValueError(f"none of the {len(self)} pictures in {self.root} can be read: check the files")
+
+    def _fit(self, picture: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        """Resize and crop in one pass: the crop is chosen in the picture's own pixels, and only it is resampled."""
+        factor, place_x, place_y, mirror = 1.0, 0.5, 0.5, False
+        if self.augment:
+            factor = rng.uniform(*self.resize)
+            place_x, place_y, chance = rng.random(3)
+            mirror = self.flip and chance < 0.5
+        height, width = size
+        scale = max(height / picture.height, width / picture.width) * factor
+        crop_width, crop_height = min(width / scale, picture.width), min(height / scale, picture.height)
+        left, top = place_x * (picture.width - crop_width), place_y * (picture.height - crop_height)
+        box = (left, top, min(left + crop_width, picture.width), min(top + crop_height, picture.height))
+        fitted = picture.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        return np.array(ImageOps.mirror(fitted) if mirror else fitted)
+
+
+def open_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture as a person sees it: mode RGB, upright as its EXIF tag says, transparency over white.
+
+    Grey, palette, CMYK and 16-bit pictures are converted, of an animation the first frame is taken. Raises
+    FileNotFoundError where there is no such file, and ValueError where it is not an image or is damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no picture {path}: check the path")
+    try:
+        with Image.open(path) as image:
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image: replace or remove it") from None
+    except (Exception, Image.DecompressionBombError) as error:  # decoders raise anything on damaged data
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read ({reason}): replace or remove it") from None
+
+
+@lru_cache(maxsize=1)
+def imagenet_classes() -> tuple[tuple[str, str], ...]:
+    """ImageNet's 1,000 classes in index order, as (folder name, English name): ("n01440764", "tench") is the first.
+
+    Names are unique: the first lemma of the WordNet synset, as listed in timm (Apache-2.0), except where two classes
+    share it.
+    """
+    text = (files("flexvar") / "assets" / "imagenet.json").read_text(encoding="ascii")
+    return tuple((folder, name) for folder, name in json.loads(text))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white instead of scaling
+        values = np.asarray(image).astype(np.float32) / 257
+        return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _classes_in(root: Path) -> dict[str, list[Path]]:
+    """Folder name -> pictures of every class in `root`, sorted by name, so that every machine numbers them alike."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}: check the path of the pictures")
+    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    loose = [path for path in entries if _is_picture(path.name) and path.is_file()]
+    classes = {path.name: _pictures_below(path) for path in entries if path.is_dir()}
+    if not any(classes.values()):
+        if not loose:
+            wanted = ", ".join(EXTENSIONS)
+            raise FileNotFoundError(f"no pictures in {root}: put {wanted} files into one folder per class")
+        return {root.resolve().name: loose}
+    if loose:
+        raise ValueError(f"{root} holds pictures beside class folders: move {loose[0].name} into a class folder")
+    for name, pictures in classes.items():
+        if not pictures:
+            raise ValueError(f"the class folder {root / name} has no pictures: fill or remove it")
+    return classes
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    places = os.walk(folder, followlinks=True)
+    return sorted(Path(place, name) for place, _, names in places for name in names if _is_picture(name))
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")

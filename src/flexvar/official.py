@@ -1,0 +1,168 @@
+"""The released checkpoints and ours: the same tensors under other names.
+
+One table of renamings turns each of our names into the released one; walked from our model's own names it reads released files, and
+walked the other way it writes them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexvar.schedule import Schedule
+from flexvar.tokenizer import Tokenizer, TokenizerConfig
+from flexvar.transformer import Transformer, TransformerConfig, block_causal_mask
+from flexvar.weights import fill
+
+RENAMINGS: tuple[tuple[str, str], ...] = (
+    # tokenizer, ours -> released
+    (r"^(encoder|decoder)\.levels\.", r"\1.conv_blocks."),
+    (r"^(encoder|decoder)\.middle\.", r"\1.mid."),
+    (r"^((?:encoder|decoder)\.conv_blocks\.\d+)\.blocks\.", r"\1.res."),
+    (r"\.attentions\.", ".attn."),
+    (r"\.shortcut\.", ".nin_shortcut."),
+    (r"^(encoder\..*)\.resample\.", r"\1.downsample.conv."),
+    (r"^(decoder\..*)\.resample\.", r"\1.upsample.conv."),
+    (r"^((?:encoder|decoder)\..*)\.out\.", r"\1.proj_out."),
+    (r"^quantizer\.codebook$", "quantize.embedding.weight"),
+    (r"^before_codes\.", "quant_conv."),
+    (r"^after_codes\.", "post_quant_conv."),
+    # transformer, ours -> released
+    (r"^class_embedding\.", "class_emb."),
+    (r"^start$", "pos_start"),
+    (r"^positions$", "pos_1LC"),
+    (r"^code_projection\.", "word_embed."),
+    (r"\.attention\.qkv\.", ".attn.mat_qkv."),
+    (r"\.attention\.out\.", ".attn.proj."),
+    (r"\.attention\.log_scale$", ".attn.scale_mul_1H11"),
+    (r"\.attention\.", ".attn."),
+    (r"\.mlp\.rise\.", ".ffn.fc1."),
+    (r"\.mlp\.fall\.", ".ffn.fc2."),
+    (r"^shared_modulation\.", "shared_ada_lin.1."),
+    (r"^final_modulation\.", "head_nm.ada_lin.1."),
+    (r"\.modulation_offset$", ".ada_gss"),
+    (r"\.modulation\.", ".ada_lin.1."),
+)
+
+WITHOUT_MEANING = re.compile(r"(\.zero_k_bias|^attn_bias_for_masking|^quantize\.codebook_used)$")
+"""Released tensors that hold no learned value: zeros, a mask and a usage counter."""
+
+USAGE_COUNTER = 65536
+
+
+def released_name(name: str) -> str:
+    """The released name of one of our tensors."""
+    for pattern, replacement in RENAMINGS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def read_released(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a released .pth file, by their released names and without those that hold no learned value.
+
+    Understands {"model": ...} (tokenizer), a bare dictionary, and {"trainer": {"var_wo_ddp": ...}} (transformer). Nothing but tensors and
+    plain containers is unpickled. Raises ValueError, in one line, for a file that is truncated, holds code or holds no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give the path of a released .pth file")
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors, or is not a torch file, and was not loaded; fetch the released file again") from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a torch file; fetch it again") from error
+    for layer in ("trainer", "var_wo_ddp", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(layer), Mapping):
+            content = content[layer]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no table of tensors; a released file is a dictionary of them, bare or under 'model' or 'trainer'")
+    return {str(name): tensor for name, tensor in content.items() if not WITHOUT_MEANING.search(str(name))}
+
+
+def tokenizer_from_released(tensors: Mapping[str, Tensor]) -> Tokenizer:
+    """A tokenizer with the released tensors; its shape is read off them. ValueError names a missing, extra or misshapen tensor."""
+    channels = _shape(tensors, "encoder.conv_in.weight")[0]
+    levels = _count(tensors, r"encoder\.conv_blocks\.(\d+)\.")
+    widths = [_shape(tensors, f"encoder.conv_blocks.{level}.res.0.conv2.weight")[0] for level in range(levels)]
+    codebook_size, code_width = _shape(tensors, "quantize.embedding.weight")
+    config = TokenizerConfig(
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        blocks=_count(tensors, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        z_channels=_shape(tensors, "encoder.conv_out.weight")[0],
+        codebook_size=codebook_size,
+        code_width=code_width,
+    )
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config)
+    return fill(tokenizer, tensors, released_name, _released_shape)
+
+
+def transformer_from_released(tensors: Mapping[str, Tensor]) -> Transformer:
+    """A transformer with the released tensors; its shape is read off them. ValueError names a missing, extra or misshapen tensor."""
+    codebook_size, width = _shape(tensors, "head.weight")
+    table_side = _shape(tensors, "pos_1LC")[-1]
+    config = TransformerConfig(
+        depth=_count(tensors, r"blocks\.(\d+)\."),
+        width=width,
+        heads=_shape(tensors, "blocks.0.attn.scale_mul_1H11")[1],
+        mlp_ratio=_shape(tensors, "blocks.0.ffn.fc1.weight")[0] / width,
+        classes=_shape(tensors, "class_emb.weight")[0] - 1,
+        codebook_size=codebook_size,
+        code_width=_shape(tensors, "word_embed.weight")[1],
+        trained_grid=table_side // 2,
+        table_side=table_side,
+        positions="area",
+        shared_modulation="shared_ada_lin.1.weight" in tensors,
+    )
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    return fill(transformer, tensors, released_name, _released_shape)
+
+
+def to_released(module: Tokenizer | Transformer) -> dict[str, Tensor]:
+    """The tensors of a model under their released names and shapes, the meaningless ones included: what the released loader takes."""
+    released = {}
+    for name, tensor in module.state_dict().items():
+        theirs = released_name(name)
+        released[theirs] = tensor.detach().reshape(_released_shape(theirs, tuple(tensor.shape))).contiguous()
+    if isinstance(module, Tokenizer):
+        released["quantize.codebook_used"] = torch.zeros(USAGE_COUNTER)
+        return released
+    width, depth = module.config.width, module.config.depth
+    released |= {f"blocks.{i}.attn.zero_k_bias": torch.zeros(width) for i in range(depth)}
+    schedule = Schedule.named("10")
+    mask = torch.zeros(schedule.tokens, schedule.tokens).masked_fill(~block_causal_mask(schedule, torch.device("cpu")), -torch.inf)
+    released["attn_bias_for_masking"] = mask[None, None]
+    return released
+
+
+def _released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that the released model gives a tensor: ours, with axes of length 1 in some cases."""
+    if name == "pos_start":
+        return (1, 1, *shape)
+    if name == "pos_1LC":
+        return (1, *shape)
+    if name.endswith("scale_mul_1H11"):
+        return (1, *shape, 1, 1)
+    if name.endswith("ada_gss"):
+        return (1, 1, *shape)
+    return shape
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"the weights do not fit the model: {name} is missing; was the tokenizer's file given for the transformer's, or the reverse?")
+    return tuple(tensors[name].shape)
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers the names hold at the pattern's group."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})

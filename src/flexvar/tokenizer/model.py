@@ -1,0 +1,90 @@
+"""The tokenizer: one feature map a picture, codes at any scale of it, and a decoder that paints any scale.
+
+    picture -> features -> codes (scale by scale) -> lift (the next scale's input) | decode (a picture)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexvar.schedule import Schedule, ScheduleLike, Size, grid_of
+from flexvar.tokenizer.networks import Decoder, Encoder
+from flexvar.tokenizer.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The shape of a tokenizer; the defaults are the released one (72 M parameters)."""
+
+    channels: int = 128  # of the finest level
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, from the finest; each further level halves the resolution
+    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    z_channels: int = 256  # between encoder or decoder and the 1x1 quantisation convolutions
+    norm_groups: int = 32
+    codebook_size: int = 8912  # V; the odd number is the released one
+    code_width: int = 32  # C
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per code on a side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+class Tokenizer(nn.Module):
+    """Pictures to codes and back. Pictures are (B, 3, H, W) in [-1, 1], their sides multiples of `config.downsample`."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = (config.channels, config.multipliers, config.blocks, config.z_channels, config.norm_groups)
+        self.encoder = Encoder(*shape)
+        self.decoder = Decoder(*shape)
+        self.quantizer = Quantizer(config.codebook_size, config.code_width)
+        self.before_codes = nn.Conv2d(config.z_channels, config.code_width, 1)
+        self.after_codes = nn.Conv2d(config.code_width, config.z_channels, 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Feature maps (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1], after the 1x1 convolution and before any scale is taken.
+
+        Raises ValueError naming the nearest sizes when a side is not a multiple of the downsampling.
+        """
+        grid_of(images.shape[-2], images.shape[-1], self.config.downsample)
+        return self.before_codes(self.encoder(images))  # (B, C, h, w)
+
+    def codes(self, features: Tensor, schedule: ScheduleLike) -> list[Tensor]:
+        """For each scale of the schedule its codes (B, h, w), int64: the map averaged down to the scale, then the nearest codes.
+
+        Averaging comes first, quantisation second, at every scale anew: no scale is the residual of another (paper, section 3.1).
+        """
+        return [self.quantizer.nearest(self.pooled(features, size)) for size in Schedule.of(schedule)]
+
+    @staticmethod
+    def pooled(features: Tensor, size: Size) -> Tensor:
+        """The feature map at a scale, channels last (B, h, w, C)."""
+        return F.adaptive_avg_pool2d(features, size).permute(0, 2, 3, 1)
+
+    def lift(self, codes: Tensor, size: Size) -> Tensor:
+        """Codes (B, h, w) of one scale as the input (B, C, h', w') of the next: their unit vectors, resized bicubically, not normalised again."""
+        vectors = self.quantizer.lookup(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
+        if codes.shape[1:] == tuple(size):
+            return vectors
+        return F.interpolate(vectors, size, mode="bicubic", align_corners=False)  # (B, C, h', w')
+
+    def inputs(self, codes: Sequence[Tensor], schedule: ScheduleLike) -> Tensor:
+        """The transformer's inputs (B, L - first, C) for teacher forcing: every scale but the last, lifted to the size of the next."""
+        sizes = Schedule.of(schedule).sizes
+        lifted = [self.lift(scale, size).flatten(2).mT for scale, size in zip(codes, sizes[1:], strict=False)]  # (B, h·w, C) each
+        return torch.cat(lifted, 1) if lifted else self.quantizer.codebook.new_empty(len(codes[0]), 0, self.config.code_width)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pictures (B, 3, h·f, w·f), about [-1, 1] and not clamped, from the codes (B, h, w) of any scale."""
+        return self.decode_vectors(self.quantizer.lookup(codes).permute(0, 3, 1, 2))
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Pictures (B, 3, h·f, w·f) from code vectors (B, C, h, w)."""
+        return self.decoder(self.after_codes(vectors))

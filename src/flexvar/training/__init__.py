@@ -1,0 +1,1 @@
+"""Training: one loop, two workshops (the tokenizer's and the transformer's)."""

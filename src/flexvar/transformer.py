@@ -1,0 +1,247 @@
+"""The transformer: says the codes of every scale from the scales before it (paper, section 3.2).
+
+The whole sequence at once in training (`forward`, under a mask), scale by scale in sampling (`step`, with a cache). It draws no random
+numbers: labels and paths are dropped by the trainer, who hands in the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexvar.kv_cache import KeyValueCache
+from flexvar.position import PositionMode, initial_table, resample
+from flexvar.schedule import Schedule, ScheduleLike, Size
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values (B, H, n, D / H) of new tokens to what they attend to (B, H, n, D / H)."""
+
+MODULATIONS = 6
+LARGEST_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a transformer; one dial, the depth, gives the released models (d16, d20, d24, d30)."""
+
+    depth: int = 16
+    width: int = 0  # D; 0 means 64 · depth
+    heads: int = 0  # H; 0 means heads of width 64
+    mlp_ratio: float = 4.0
+    classes: int = 1000  # the null class, which stands for no label, is one more
+    codebook_size: int = 8912  # V
+    code_width: int = 32  # C
+    trained_grid: int = 16  # the largest grid it is trained on, on a side
+    table_side: int = 0  # of the position table; 0 means 2 · trained_grid
+    positions: PositionMode = "area"
+    shared_modulation: bool = False  # one class modulation for all blocks, for small models
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", self.width or 64 * self.depth)
+        object.__setattr__(self, "heads", self.heads or max(1, self.width // 64))
+        object.__setattr__(self, "table_side", self.table_side or 2 * self.trained_grid)
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} cannot be shared among {self.heads} heads; make it a multiple")
+
+    @property
+    def null_class(self) -> int:
+        """The label that means no class."""
+        return self.classes
+
+
+class Condition(NamedTuple):
+    """What the class says to the network, computed once a picture and used at every scale."""
+
+    embedding: Tensor  # (B, D)
+    blocks: tuple[Tensor, ...]  # a block's modulation, (6, B, 1, D): gains of attention and MLP, scales, shifts
+    final: Tensor  # (2, B, 1, D): scale and shift before the head
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Layer normalisation without learned weights."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention whose queries and keys are unit vectors; a learned scale a head takes the place of 1/sqrt(D/H)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))  # keys have no bias
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((heads,), math.log(4)))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # (3D)
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # (B, n, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, D/H) each
+        scale = self.log_scale.float().clamp_max(LARGEST_SCALE).exp()[:, None, None]  # (H, 1, 1)
+        q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
+        k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, n, D)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU (tanh form) between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.rise = nn.Linear(width, hidden)
+        self.fall = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fall(F.gelu(self.rise(x), approximate="tanh"))  # (B, n, D)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated by the class."""
+
+    WITHOUT_DECAY = ("modulation_offset",)
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config.width, config.heads)
+        self.mlp = MLP(config.width, round(config.width * config.mlp_ratio))
+        if config.shared_modulation:
+            self.modulation_offset = nn.Parameter(torch.randn(MODULATIONS, config.width) / math.sqrt(config.width))
+        else:
+            self.modulation = nn.Linear(config.width, MODULATIONS * config.width)
+
+    def forward(self, x: Tensor, modulation: Tensor, attend: Attend, paths: Tensor | None = None) -> Tensor:
+        gain1, gain2, scale1, scale2, shift1, shift2 = modulation  # (B, 1, D) each
+        path1, path2 = (1.0, 1.0) if paths is None else paths[:, :, None, None]  # (B, 1, 1) each
+        x = x + path1 * gain1 * self.attention(normalised(x) * (1 + scale1) + shift1, attend)  # (B, n, D)
+        return x + path2 * gain2 * self.mlp(normalised(x) * (1 + scale2) + shift2)  # (B, n, D)
+
+
+class Transformer(nn.Module):
+    """Class labels and earlier codes to logits over the codebook."""
+
+    WITHOUT_DECAY = ("positions",)
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.class_embedding = nn.Embedding(config.classes + 1, width)  # the last row is the null class
+        self.start = nn.Parameter(torch.empty(width))
+        self.positions = nn.Parameter(torch.empty(width, config.table_side, config.table_side))
+        self.code_projection = nn.Linear(config.code_width, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.shared_modulation = nn.Linear(width, MODULATIONS * width) if config.shared_modulation else None
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, config.codebook_size)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self, gain_factor: float = 1e-3) -> None:
+        """The released initialisation (released code; PAPER 2.10). `gain_factor`: of the modulation's gains, 1e-4 for d24."""
+        depth, width = self.config.depth, self.config.width
+        std = math.sqrt(1 / (3 * width))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.start, std=std)
+        self.positions.copy_(initial_table(width, self.config.table_side))
+        self.head.weight.mul_(0.02)
+        for block in self.blocks:
+            block.attention.out.weight.div_(math.sqrt(2 * depth))
+            block.mlp.fall.weight.div_(math.sqrt(2 * depth))
+        for modulation in [self.shared_modulation] if self.shared_modulation else [block.modulation for block in self.blocks]:
+            modulation.weight[2 * width :].mul_(0.5)
+            modulation.weight[: 2 * width].mul_(gain_factor)
+        if self.shared_modulation:
+            for block in self.blocks:
+                block.modulation_offset[:2].mul_(gain_factor)
+        self.final_modulation.weight.mul_(0.5)
+
+    # -- the parts of one pass --
+
+    def condition(self, labels: Tensor) -> Condition:
+        """The class modulation of every block for labels (B,), int64, where `config.null_class` means no class."""
+        embedding = self.class_embedding(labels)  # (B, D)
+        signal = F.silu(embedding)
+        if self.shared_modulation is not None:
+            shared = self.shared_modulation(signal).unflatten(-1, (MODULATIONS, -1))  # (B, 6, D)
+            blocks = [shared + block.modulation_offset for block in self.blocks]
+        else:
+            blocks = [block.modulation(signal).unflatten(-1, (MODULATIONS, -1)) for block in self.blocks]
+        final = self.final_modulation(signal).unflatten(-1, (2, -1))  # (B, 2, D)
+        return Condition(embedding, tuple(block.transpose(0, 1)[:, :, None] for block in blocks), final.transpose(0, 1)[:, :, None])
+
+    def begin(self, condition: Condition, size: Size) -> Tensor:
+        """The embedded first scale (B, h·w, D): class and start token at every position."""
+        first = (condition.embedding + self.start)[:, None]  # (B, 1, D)
+        return first + resample(self.positions, size, self.config.positions)  # (B, h·w, D)
+
+    def embed(self, inputs: Tensor, size: Size) -> Tensor:
+        """The embedded tokens (B, h·w, D) of a later scale, from its inputs (B, h·w, C): the codes before it, lifted to its size."""
+        return self.code_projection(inputs) + resample(self.positions, size, self.config.positions)  # (B, h·w, D)
+
+    def read_out(self, x: Tensor, condition: Condition) -> Tensor:
+        """What the head reads, (B, n, D)."""
+        scale, shift = condition.final  # (B, 1, D) each
+        return normalised(x) * (1 + scale) + shift  # (B, n, D)
+
+    # -- the two ways to run it --
+
+    def forward(self, labels: Tensor, inputs: Tensor, schedule: ScheduleLike, *, paths: Tensor | None = None) -> Tensor:
+        """Teacher forcing: logits (B, L, V), float32, of all scales at once.
+
+        labels: (B,), int64. inputs: (B, L - first, C), from `Tokenizer.inputs`. paths: (depth, 2, B), the factor of each residual path
+        when some are dropped (stochastic depth: 0, or one over the kept share).
+        """
+        schedule = Schedule.of(schedule)
+        if inputs.shape[1] != schedule.tokens - schedule.first:
+            raise ValueError(
+                f"inputs have {inputs.shape[1]} tokens, but {schedule} needs {schedule.tokens - schedule.first}: all but the first scale's"
+            )
+        condition = self.condition(labels)
+        x = [self.begin(condition, schedule[0])]
+        for size, at in zip(schedule.sizes[1:], schedule.slices[1:], strict=True):
+            x.append(self.embed(inputs[:, at.start - schedule.first : at.stop - schedule.first], size))
+        x = torch.cat(x, 1)  # (B, L, D)
+        mask = block_causal_mask(schedule, x.device)  # (L, L)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+        for i, block in enumerate(self.blocks):
+            x = block(x, condition.blocks[i], attend, None if paths is None else paths[i])  # (B, L, D)
+        return self.head(self.read_out(x, condition)).float()  # (B, L, V)
+
+    def step(self, x: Tensor, condition: Condition, cache: KeyValueCache) -> Tensor:
+        """One scale: embedded tokens (B, n, D) to what the head reads (B, n, D). The cache holds all earlier scales and takes in this one."""
+        for i, block in enumerate(self.blocks):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:
+                return F.scaled_dot_product_attention(q, *cache.extend(i, k, v), scale=1.0)
+
+            x = block(x, condition.blocks[i], attend)  # (B, n, D)
+        cache.advance(x.shape[1])
+        return self.read_out(x, condition)  # (B, n, D)
+
+    def new_cache(self, batch: int, schedule: ScheduleLike) -> KeyValueCache:
+        """An empty cache for a batch and all scales of a schedule."""
+        config, weight = self.config, self.head.weight
+        tokens = Schedule.of(schedule).tokens
+        return KeyValueCache(
+            config.depth, batch, config.heads, tokens, config.width // config.heads, dtype=weight.dtype, device=weight.device
+        )
+
+
+def block_causal_mask(schedule: Schedule, device: torch.device) -> Tensor:
+    """(L, L) bool, True where row attends to column: a token sees its own scale and all earlier ones."""
+    scale = torch.repeat_interleave(torch.arange(len(schedule)), torch.tensor(schedule.counts)).to(device)  # (L)
+    return scale[:, None] >= scale
