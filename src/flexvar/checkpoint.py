@@ -79,19 +79,7 @@ def load(folder: Path | str) -> Model:
     Raises FileNotFoundError or ValueError, in one line, for a folder, file or tensor that is missing, damaged or does not fit.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it holds no {CONFIG}")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if config["format"] > FORMAT:
-            raise ValueError(f"{folder} is of format {config['format']}, newer than this flexvar can read ({FORMAT}); update flexvar")
-        transformer_config = config["transformer"] and _built(TransformerConfig, config["transformer"])
-        tokenizer_config = _built(TokenizerConfig, config["tokenizer"])
-        defaults = dict(config["defaults"])
-        guidance, sampling = _built(Guidance, defaults.pop("guidance")), _built(Sampling, defaults.pop("sampling"))
-        defaults = Defaults(guidance=guidance, sampling=sampling, **defaults)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read ({type(error).__name__}: {error}); write the folder again") from error
+    config, tokenizer_config, transformer_config, defaults = _read_config(folder)
     with torch.device("meta"):
         tokenizer = Tokenizer(tokenizer_config)
         transformer = Transformer(transformer_config) if transformer_config else None
@@ -102,6 +90,31 @@ def load(folder: Path | str) -> Model:
         defaults=defaults,
         provenance=config["provenance"],
     )
+
+
+def load_configs(folder: Path | str) -> tuple[TokenizerConfig, TransformerConfig]:
+    """The shapes of a model folder's networks, without their weights. ValueError when it holds a tokenizer only."""
+    _, tokenizer, transformer, _ = _read_config(Path(folder))
+    if transformer is None:
+        raise ValueError(f"{folder} holds a tokenizer only; train a transformer on it first")
+    return tokenizer, transformer
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], TokenizerConfig, TransformerConfig | None, Defaults]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it holds no {CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["format"] > FORMAT:
+            raise ValueError(f"{folder} is of format {config['format']}, newer than this flexvar can read ({FORMAT}); update flexvar")
+        defaults = dict(config["defaults"])
+        guidance, sampling = _built(Guidance, defaults.pop("guidance")), _built(Sampling, defaults.pop("sampling"))
+        tokenizer = _built(TokenizerConfig, config["tokenizer"])
+        transformer = _built(TransformerConfig, config["transformer"]) if config["transformer"] else None
+        return config, tokenizer, transformer, Defaults(guidance=guidance, sampling=sampling, **defaults)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); write the folder again") from error
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

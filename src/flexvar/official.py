@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,11 @@ def read_released(path: Path | str) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give the path of a released .pth file")
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, or is not a torch file, and was not loaded; fetch the released file again") from error
+        raise ValueError(
+            f"{path} holds more than tensors, or is not a torch file, and was not loaded; fetch the released file again"
+        ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged or not a torch file; fetch it again") from error
     for layer in ("trainer", "var_wo_ddp", "model"):
@@ -159,7 +162,9 @@ def _released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     if name not in tensors:
-        raise ValueError(f"the weights do not fit the model: {name} is missing; was the tokenizer's file given for the transformer's, or the reverse?")
+        raise ValueError(
+            f"the weights do not fit the model: {name} is missing; was the tokenizer's file given for the transformer's, or the reverse?"
+        )
     return tuple(tensors[name].shape)
 
 

@@ -61,7 +61,9 @@ class Schedule:
                 raise ValueError(f"scale {k} of the schedule is {h}x{w}; both sides must be at least 1")
         for k, ((h, w), (next_h, next_w)) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
             if next_h < h or next_w < w:
-                raise ValueError(f"the schedule shrinks from {h}x{w} to {next_h}x{next_w} at scale {k + 1}; put its scales in growing order")
+                raise ValueError(
+                    f"the schedule shrinks from {h}x{w} to {next_h}x{next_w} at scale {k + 1}; put its scales in growing order"
+                )
 
     # -- ways to make one --
 
@@ -98,15 +100,17 @@ class Schedule:
     def for_grid(cls, h: int, w: int, steps: int = 10, trained_grid: int = FINEST) -> Schedule:
         """The schedule that ends at h x w codes: the row of `steps`, scaled on each side, equal neighbours merged.
 
-        A square grid beyond the trained one gets extra scales in geometric steps behind a shorter row (24; 23, 32 from 16).
+        A square grid beyond the trained one gets extra scales in geometric steps behind a shorter row (24; 23, 32 from 16), where the
+        steps suffice.
         """
-        extra: list[int] = []
-        if h == w and h > trained_grid:
-            count = math.ceil(round(math.log(h / trained_grid) / math.log(GROWTH), 9))
-            count = min(count, max(steps - 2, 1))
-            extra = [round(trained_grid * (h / trained_grid) ** ((i + 1) / count)) for i in range(count)]
-            h = w = trained_grid
-        return cls(_merged([*_scaled(_row(steps - len(extra)), h, w), *((side, side) for side in extra)]))
+        extra = 0
+        if h == w and h > trained_grid:  # rounded, as log(24 / 16) / log(1.5) is to be 1
+            extra = math.ceil(round(math.log(h / trained_grid) / math.log(GROWTH), 9))
+        if not extra or steps - extra < 2:
+            return cls(_merged(_scaled(_row(steps), h, w)))
+        within = _scaled(_row(steps - extra), trained_grid, trained_grid)
+        beyond = [round(trained_grid * (h / trained_grid) ** ((i + 1) / extra)) for i in range(extra)]
+        return cls(_merged([*within, *((side, side) for side in beyond)]))
 
     @classmethod
     def for_size(cls, height: int, width: int, steps: int = 10, downsample: int = 16, trained_grid: int = FINEST) -> Schedule:
@@ -121,7 +125,7 @@ class Schedule:
         if len(schedule) < steps:
             most = cls.max_steps(*schedule.sizes[-1], trained_grid=trained_grid)
             warnings.warn(
-                f"{height}x{width} px is drawn in {len(schedule)} steps instead of {steps}: equal scales merge (at most {most} differ here)",
+                f"{height}x{width} px is drawn in {len(schedule)} steps instead of {steps}: equal scales merge (at most {most} differ)",
                 stacklevel=2,
             )
         return schedule

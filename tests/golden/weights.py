@@ -51,7 +51,9 @@ def transformer_tensors(depth: int = 3, salt: str = "") -> dict[str, Tensor]:
     for name, shape in manifest()["FlexVARd16"].items():
         if name.startswith("blocks.") and int(name.split(".")[1]) >= depth:
             continue
-        scaled = tuple({1024: width, 2048: 2 * width, 3072: 3 * width, 4096: 4 * width, 6144: 6 * width, 16: depth}.get(n, n) for n in shape)
+        scaled = tuple(
+            {1024: width, 2048: 2 * width, 3072: 3 * width, 4096: 4 * width, 6144: 6 * width, 16: depth}.get(n, n) for n in shape
+        )
         if name != "attn_bias_for_masking":
             tensors[name] = filled(name, scaled, salt)
     return tensors

@@ -1,7 +1,7 @@
 """Labelled pictures to train on: folders of pictures, emoji scenes, drawn shapes."""
 
 from flexvar.data.emoji import WELL_KNOWN, EmojiScenes, every_emoji
-from flexvar.data.images import ImageFolder, imagenet_classes, open_picture
+from flexvar.data.images import ImageFolder, fitted, imagenet_classes, open_picture, upright_rgb
 from flexvar.data.shapes import Shapes
 from flexvar.data.source import PictureSource, write_pictures
 
@@ -12,7 +12,9 @@ __all__ = [
     "PictureSource",
     "Shapes",
     "every_emoji",
+    "fitted",
     "imagenet_classes",
     "open_picture",
+    "upright_rgb",
     "write_pictures",
 ]

@@ -160,13 +160,13 @@ def scene(look: Image.Image, size: tuple[int, int], rng: np.random.Generator) ->
     picture = np.empty((*size, 3), np.uint8)
     picture[:] = _background(look, rng)
     cells = _cells(size, rng)
-    share = rng.uniform(0.7, 0.95)  # of the shorter side of a cell
+    share = rng.uniform(0.78, 0.95)  # of the shorter side of a cell
     for top, left, height, width in cells:
         side = min(height, width)
         varied = share if len(cells) == 1 else share * rng.uniform(0.9, 1.0)
         stamp = _resized(look, side * varied)
         free_height, free_width = height - stamp.shape[0], width - stamp.shape[1]
-        jitter_y, jitter_x = rng.uniform(-0.06, 0.06, 2) * side
+        jitter_y, jitter_x = rng.uniform(-0.04, 0.04, 2) * side
         y = round(top + np.clip(free_height / 2 + jitter_y, 0, free_height))
         x = round(left + np.clip(free_width / 2 + jitter_x, 0, free_width))
         _paste(picture, stamp, y, x)

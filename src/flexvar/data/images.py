@@ -72,19 +72,25 @@ class ImageFolder:
         raise ValueError(f"none of the {len(self)} pictures in {self.root} can be read: check the files")
 
     def _fit(self, picture: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """Resize and crop in one pass: the crop is chosen in the picture's own pixels, and only it is resampled."""
-        factor, place_x, place_y, mirror = 1.0, 0.5, 0.5, False
-        if self.augment:
-            factor = rng.uniform(*self.resize)
-            place_x, place_y, chance = rng.random(3)
-            mirror = self.flip and chance < 0.5
-        height, width = size
-        scale = max(height / picture.height, width / picture.width) * factor
-        crop_width, crop_height = min(width / scale, picture.width), min(height / scale, picture.height)
-        left, top = place_x * (picture.width - crop_width), place_y * (picture.height - crop_height)
-        box = (left, top, min(left + crop_width, picture.width), min(top + crop_height, picture.height))
-        fitted = picture.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-        return np.array(ImageOps.mirror(fitted) if mirror else fitted)
+        if not self.augment:
+            return np.array(fitted(picture, size))
+        factor = rng.uniform(*self.resize)
+        place_x, place_y, chance = rng.random(3)
+        cropped = fitted(picture, size, factor, (place_x, place_y))
+        return np.array(ImageOps.mirror(cropped) if self.flip and chance < 0.5 else cropped)
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], factor: float = 1.0, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """A picture resized to cover `size` = (height, width) times `factor`, and cropped to it at a place (x, y), 0 to 1 from left and top.
+
+    In one pass: the crop is chosen in the picture's own pixels, and only it is resampled.
+    """
+    height, width = size
+    scale = max(height / picture.height, width / picture.width) * factor
+    crop_width, crop_height = min(width / scale, picture.width), min(height / scale, picture.height)
+    left, top = place[0] * (picture.width - crop_width), place[1] * (picture.height - crop_height)
+    box = (left, top, min(left + crop_width, picture.width), min(top + crop_height, picture.height))
+    return picture.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
@@ -97,7 +103,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         raise FileNotFoundError(f"there is no picture {path}: check the path")
     try:
         with Image.open(path) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return upright_rgb(image)
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path} is not an image: replace or remove it") from None
     except (Exception, Image.DecompressionBombError) as error:  # decoders raise anything on damaged data
@@ -116,7 +122,9 @@ def imagenet_classes() -> tuple[tuple[str, str], ...]:
     return tuple((folder, name) for folder, name in json.loads(text))
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture as a person sees it: mode RGB, turned as its EXIF tag says, transparency over white."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white instead of scaling
         values = np.asarray(image).astype(np.float32) / 257
         return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")

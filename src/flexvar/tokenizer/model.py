@@ -1,6 +1,6 @@
 """The tokenizer: one feature map a picture, codes at any scale of it, and a decoder that paints any scale.
 
-    picture -> features -> codes (scale by scale) -> lift (the next scale's input) | decode (a picture)
+picture -> features -> codes (scale by scale) -> lift (the next scale's input) | decode (a picture)
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Tokenizer(nn.Module):
         return F.adaptive_avg_pool2d(features, size).permute(0, 2, 3, 1)
 
     def lift(self, codes: Tensor, size: Size) -> Tensor:
-        """Codes (B, h, w) of one scale as the input (B, C, h', w') of the next: their unit vectors, resized bicubically, not normalised again."""
+        """Codes (B, h, w) of one scale as the input (B, C, h', w') of the next: unit vectors, resized bicubically, not normalised again."""
         vectors = self.quantizer.lookup(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
         if codes.shape[1:] == tuple(size):
             return vectors

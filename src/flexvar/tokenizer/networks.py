@@ -91,7 +91,9 @@ class Level(nn.Module):
 
 def middle(channels: int, groups: int) -> nn.Sequential:
     """The blocks at the coarsest resolution, between the levels and the codes."""
-    return nn.Sequential(ResidualBlock(channels, channels, groups), AttentionBlock(channels, groups), ResidualBlock(channels, channels, groups))
+    return nn.Sequential(
+        ResidualBlock(channels, channels, groups), AttentionBlock(channels, groups), ResidualBlock(channels, channels, groups)
+    )
 
 
 class Encoder(nn.Module):

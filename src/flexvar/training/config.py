@@ -81,6 +81,7 @@ class TokenizerRun(RunConfig):
     l2: float = 1.0
     codebook: float = 1.0  # codes towards features
     commitment: float = 0.25  # features towards codes
+    continuous: float = 0.0  # share of the steps at the start in which features are rebuilt as they are, before codes take their place
     restart_every: int = 100  # steps between two looks for unused codes, which then start anew from features; 0 never
 
 

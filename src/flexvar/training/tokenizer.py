@@ -57,18 +57,20 @@ class TokenizerWorkshop(Workshop):
         config, images = self.config, batch.images / 127.5 - 1  # (B, 3, H, W)
         features = self.tokenizer.features(images).float()  # (B, C, h, w)
         sizes = random_scales(self.config.scales, tuple(features.shape[-2:]), step_random(config.seed, batch.step, "scales"))
+        quantising = batch.step >= config.continuous * config.steps
         loss, errors, vectors = images.new_zeros(()), [], []
         for size in sizes:
             z = F.normalize(self.tokenizer.pooled(features, size), dim=-1)  # (B, h, w, C)
             codes = self.tokenizer.quantizer.nearest(z)  # (B, h, w)
             e = self.tokenizer.quantizer.lookup(codes)  # (B, h, w, C)
-            rebuilt = self.tokenizer.decode_vectors((z + (e - z).detach()).permute(0, 3, 1, 2))  # (B, 3, h·f, w·f)
+            through = z + (e - z).detach() if quantising else z  # the gradient goes past the codes
+            rebuilt = self.tokenizer.decode_vectors(through.permute(0, 3, 1, 2))  # (B, 3, h·f, w·f)
             target = F.adaptive_avg_pool2d(images, rebuilt.shape[-2:])
             l2 = F.mse_loss(rebuilt.float(), target)
             loss = loss + config.l2 * l2 + config.l1 * F.l1_loss(rebuilt.float(), target)
             # As sums over the code's width: on the unit sphere the mean over it would shrink the pull as codes get wider.
             loss = loss + config.codebook * (e - z.detach()).pow(2).sum(-1).mean()
-            loss = loss + config.commitment * (e.detach() - z).pow(2).sum(-1).mean()
+            loss = loss + quantising * config.commitment * (e.detach() - z).pow(2).sum(-1).mean()
             self.used += torch.bincount(codes.flatten(), minlength=len(self.used))
             errors.append(l2.detach())
             vectors.append(z.detach().reshape(-1, z.shape[-1]))

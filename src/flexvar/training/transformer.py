@@ -97,7 +97,13 @@ class TransformerWorkshop(Workshop):
             for row in range(3):
                 seeds = [1000 * row + label for label in labels]
                 *_, last = generate(
-                    tokenizer, network, labels, schedule, guidance=self._defaults().guidance, sampling=self._defaults().sampling, seeds=seeds
+                    tokenizer,
+                    network,
+                    labels,
+                    schedule,
+                    guidance=self._defaults().guidance,
+                    sampling=self._defaults().sampling,
+                    seeds=seeds,
                 )
                 rows.append(last.images)
         save_sheet(rows, path)

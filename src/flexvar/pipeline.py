@@ -1,0 +1,278 @@
+"""The front room: class names and PIL pictures in, PIL pictures out."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import huggingface_hub
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flexvar import zoo
+from flexvar.checkpoint import Defaults, Model, load, save, write_whole
+from flexvar.data import fitted, imagenet_classes, upright_rgb
+from flexvar.generation import Step, generate
+from flexvar.official import read_released, to_released, tokenizer_from_released, transformer_from_released
+from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
+from flexvar.schedule import Schedule, ScheduleLike, grid_of
+from flexvar.sheet import to_pil
+from flexvar.tokenizer import Tokenizer
+from flexvar.transformer import Transformer
+
+Label: TypeAlias = int | str | None
+OutputType: TypeAlias = Literal["pil", "np", "pt"]
+Images: TypeAlias = list[Image.Image] | np.ndarray | Tensor
+
+UNCONDITIONAL = "unconditional"
+
+S = TypeVar("S", Guidance, Sampling)
+
+
+@dataclass(frozen=True)
+class FlexVAROutput:
+    """What a call gives.
+
+    images: PIL pictures, or an array (B, H, W, 3) float32 in [0, 1] ("np"), or a tensor (B, 3, H, W) in [0, 1] on the CPU ("pt").
+    """
+
+    images: Images
+    labels: list[int]  # class indices; the number of classes stands for no class
+    seeds: list[int]  # one a picture, so that any of them can be drawn again
+
+
+class FlexVARPipeline:
+    """A tokenizer, a transformer and the names of the classes."""
+
+    def __init__(self, model: Model) -> None:
+        if model.transformer is None:
+            raise ValueError("this model has no transformer yet; train one on its tokenizer first")
+        self.model = model
+        self.tokenizer: Tokenizer = model.tokenizer
+        self.transformer: Transformer = model.transformer
+        self.class_names = model.class_names
+        self.defaults: Defaults = model.defaults
+
+    # -- where it comes from and goes to --
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> FlexVARPipeline:
+        """Loads onto the CPU, in float32, ready to draw.
+
+        name: in this order, a bundled model ("emoji"), a released one ("flexvar-d16", "-d20", "-d24": fetched and converted once), a
+        folder, or a Hub id. Raises ValueError, FileNotFoundError or ConnectionError, in one line.
+        """
+        return cls(load(model_folder(name)))
+
+    @classmethod
+    def from_released(cls, tokenizer: str | Path, transformer: str | Path) -> FlexVARPipeline:
+        """A pipeline from released .pth files of the tokenizer and the transformer; it draws as the released evaluation does."""
+        drawn = transformer_from_released(read_released(transformer))
+        painted = tokenizer_from_released(read_released(tokenizer))
+        if (drawn.config.codebook_size, drawn.config.code_width) != (painted.config.codebook_size, painted.config.code_width):
+            raise ValueError(f"{tokenizer} and {transformer} do not belong together: they have different codebooks")
+        classes = drawn.config.classes
+        names = tuple(name for _, name in imagenet_classes()) if classes == 1000 else tuple(f"class {i}" for i in range(classes))
+        side = drawn.config.trained_grid * painted.config.downsample
+        provenance = {"converted from": [Path(tokenizer).name, Path(transformer).name], "licence": "MIT (the authors of FlexVAR)"}
+        return cls(Model(painted, drawn, names, Defaults(side, side), provenance))
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the model folder. Raises FileExistsError when it holds a model and `overwrite` is not set."""
+        save(self.model, folder, overwrite=overwrite)
+
+    def save_released(self, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
+        """Writes the two .pth files that the released code loads; gives their paths, tokenizer first."""
+        folder = Path(folder)
+        tokenizer, transformer = folder / zoo.RELEASED_TOKENIZER, folder / f"FlexVARd{self.transformer.config.depth}.pth"
+        for path in (tokenizer, transformer):
+            if path.exists() and not overwrite:
+                raise FileExistsError(f"{path} exists; choose another folder or ask for overwriting")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(tokenizer, lambda beside: torch.save({"model": to_released(self.tokenizer)}, beside))
+        write_whole(transformer, lambda beside: torch.save(to_released(self.transformer), beside))
+        return tokenizer, transformer
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Uploads the model folder to the Hub under `repository`; gives its address."""
+        huggingface_hub.create_repo(repository, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder))
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> FlexVARPipeline:
+        """Moves both networks to a device, a dtype, or both."""
+        for network in (self.tokenizer, self.transformer):
+            network.to(device=device, dtype=dtype)
+        return self
+
+    # -- drawing --
+
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label] = None,
+        *,
+        batch_size: int | None = None,
+        output_type: OutputType = "pil",
+        **settings: Any,
+    ) -> FlexVAROutput:
+        """Draws one picture for each label.
+
+        class_labels: class names or indices, one or several; None (or "unconditional") means no class.
+        batch_size: pictures drawn at the same time, all by default; it changes memory and speed, not the pictures.
+        output_type: "pil", "np" or "pt". The other keywords are those of `stream`.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type is {output_type!r}; give 'pil', 'np' or 'pt'")
+        labels = self.labels_of(class_labels)
+        seeds = seeds_of(settings.pop("seed", None), len(labels))
+        drawn = []
+        for start in range(0, len(labels), batch_size or len(labels)):
+            part = slice(start, start + (batch_size or len(labels)))
+            *_, last = self.stream(labels[part], seed=seeds[part], **settings)
+            drawn.append(last.images.float().cpu())
+        return FlexVAROutput(_as(torch.cat(drawn), output_type), labels, seeds)
+
+    def stream(
+        self,
+        class_labels: Label | Sequence[Label] = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        schedule: ScheduleLike | None = None,
+        guidance_scale: float | None = None,
+        guidance: GuidanceKind | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        greedy: Greedy | None = None,
+        seed: int | Sequence[int] | None = None,
+    ) -> Iterator[Step]:
+        """Draws scale by scale: one Step for each, as soon as its codes are chosen. What is not given is the model's default.
+
+        height, width: pixels, multiples of the tokenizer's downsampling; one alone means a square. num_inference_steps: scales, at least 2.
+        schedule: the scales themselves, instead of size and steps. guidance_scale, guidance: see `Guidance`; 1 switches "ramp" and
+        "constant" off, 0 "official-ramp". top_k, top_p, temperature, greedy: see `Sampling`. seed: one a picture, or one integer s for
+        s, s + 1, ...; None draws them.
+        """
+        labels = self.labels_of(class_labels)
+        return generate(
+            self.tokenizer,
+            self.transformer,
+            labels,
+            self.schedule_of(height, width, num_inference_steps, schedule),
+            guidance=_replaced(self.defaults.guidance, kind=guidance, scale=guidance_scale),
+            sampling=_replaced(self.defaults.sampling, top_k=top_k, top_p=top_p, temperature=temperature, greedy=greedy),
+            seeds=seeds_of(seed, len(labels)),
+        )
+
+    @torch.no_grad()
+    def reconstruct(
+        self, image: Image.Image, *, height: int | None = None, width: int | None = None, output_type: OutputType = "pil"
+    ) -> FlexVAROutput:
+        """A picture through the tokenizer alone, resized to cover height x width and cropped at the centre: the best that codes can do.
+
+        By default the largest size within the picture's own that the tokenizer takes.
+        """
+        f = self.tokenizer.config.downsample
+        height, width = height or max(f, image.height // f * f), width or max(f, image.width // f * f)
+        grid = grid_of(height, width, f)
+        weight = self.tokenizer.after_codes.weight
+        pixels = torch.from_numpy(np.array(fitted(upright_rgb(image), (height, width)))).permute(2, 0, 1)[None]
+        (codes,) = self.tokenizer.codes(self.tokenizer.features(pixels.to(weight) / 127.5 - 1), [grid])
+        return FlexVAROutput(_as(self.tokenizer.decode(codes).float().cpu(), output_type), [], [])
+
+    # -- what the words mean --
+
+    def labels_of(self, class_labels: Label | Sequence[Label]) -> list[int]:
+        """Class indices of names, indices or None. Raises ValueError with the closest names."""
+        listed = [class_labels] if class_labels is None or isinstance(class_labels, int | str) else list(class_labels)
+        return [self._label(label) for label in listed]
+
+    def _label(self, label: Label) -> int:
+        classes = self.transformer.config.classes
+        if label is None or label == UNCONDITIONAL:
+            return self.transformer.config.null_class
+        if isinstance(label, str):
+            by_name = {name.casefold(): index for index, name in reversed(list(enumerate(self.class_names)))}
+            if label.casefold() in by_name:
+                return by_name[label.casefold()]
+            if not label.isdecimal():
+                close = difflib.get_close_matches(label.casefold(), by_name, 3, 0.6) or [n for n in by_name if label.casefold() in n][:3]
+                names = [self.class_names[by_name[name]] for name in close]
+                hint = f"did you mean {' or '.join(map(repr, names))}?" if names else "`flexvar info` lists the classes"
+                raise ValueError(f"there is no class {label!r}; {hint}")
+        if not 0 <= int(label) < classes:
+            raise ValueError(f"there is no class {label}; indices go from 0 to {classes - 1}")
+        return int(label)
+
+    def class_name(self, label: int) -> str:
+        """The name of a class index."""
+        return UNCONDITIONAL if label == self.transformer.config.null_class else self.class_names[label]
+
+    def schedule_of(self, height: int | None, width: int | None, steps: int | None, schedule: ScheduleLike | None) -> Schedule:
+        """The schedule that size and steps, or a list of scales, ask for."""
+        f, trained_grid = self.tokenizer.config.downsample, self.transformer.config.trained_grid
+        if schedule is not None:
+            given = Schedule.of(schedule)
+            for name, asked, side in (("height", height, given[-1][0] * f), ("width", width, given[-1][1] * f)):
+                if asked not in (None, side):
+                    raise ValueError(f"{name} is {asked}, but the schedule ends at {side} px; give one of the two")
+            if steps not in (None, len(given)):
+                raise ValueError(f"num_inference_steps is {steps}, but the schedule has {len(given)}; give one of the two")
+            return given
+        if height is None and width is None:
+            height, width = self.defaults.height, self.defaults.width
+        height, width = height or width or 0, width or height or 0
+        if steps is None:
+            return Schedule.for_grid(*grid_of(height, width, f), self.defaults.num_inference_steps, trained_grid)
+        return Schedule.for_size(height, width, steps, f, trained_grid)
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model by its name (see `FlexVARPipeline.from_pretrained`); fetches and converts what is not here yet."""
+    if name in zoo.BUNDLED:
+        return zoo.bundled_folder(str(name))
+    if name in zoo.RELEASED:
+        folder = zoo.cache_folder() / str(name)
+        if not (folder / "config.json").is_file():
+            FlexVARPipeline.from_released(*zoo.fetch_released(str(name))).save_pretrained(folder)
+        return folder
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise FileNotFoundError(
+            f"there is no model folder {name}; bundled and released models are {', '.join([*zoo.BUNDLED, *zoo.RELEASED])}"
+        )
+    return zoo.fetch_folder(str(name))
+
+
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed a picture: an integer s means s, s + 1, ... by position; None draws them."""
+    if seed is None:
+        return [int(number) for number in torch.randint(2**31, (count,))]
+    if isinstance(seed, int):
+        return [seed + i for i in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"{len(seed)} seeds were given for {count} pictures; give one a picture, or a single integer")
+    return [int(number) for number in seed]
+
+
+def _replaced(defaults: S, **given: Any) -> S:
+    """Settings with those changed that were given."""
+    return replace(defaults, **{name: value for name, value in given.items() if value is not None})
+
+
+def _as(images: Tensor, output_type: OutputType) -> Images:
+    """Pictures (B, 3, H, W) in about [-1, 1] as a call gives them."""
+    if output_type == "pil":
+        return to_pil(images)
+    scaled = (images.clamp(-1, 1) + 1) / 2
+    return scaled if output_type == "pt" else scaled.permute(0, 2, 3, 1).numpy()

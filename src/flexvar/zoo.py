@@ -1,0 +1,72 @@
+"""Names of models, and where their weights lie: facts, apart from code."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+BUNDLED = ("emoji",)
+RELEASED_REPOSITORY = "jiaosiyu1999/FlexVAR"
+RELEASED_TOKENIZER = "FlexVAE.pth"
+MODEL_FILES = ["config.json", "tokenizer.safetensors", "transformer.safetensors"]
+
+
+@dataclass(frozen=True)
+class Released:
+    """A checkpoint that the authors released (MIT licence), and the scores they published for it on ImageNet 256."""
+
+    file: str
+    parameters: str
+    fid: float  # 50,000 pictures, 10 steps
+    inception_score: float
+    sha256: str | None = None  # unknown until a download has shown it
+
+
+RELEASED = {
+    "flexvar-d16": Released("FlexVARd16-epo179.pth", "316 M", 3.05, 291.3),
+    "flexvar-d20": Released("FlexVARd20-epo249.pth", "608 M", 2.41, 299.3),
+    "flexvar-d24": Released("FlexVARd24-epo349.pth", "1041 M", 2.21, 299.1),
+}
+
+
+def bundled_folder(name: str) -> Path:
+    """The folder of a model that comes with the package."""
+    return Path(str(files("flexvar") / "assets" / name))
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: FLEXVAR_CACHE, or `flexvar` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FLEXVAR_CACHE") or Path(home) / "flexvar")
+
+
+def fetch_released(name: str) -> tuple[Path, Path]:
+    """The released files of tokenizer and transformer, downloaded unless the Hub's cache has them."""
+    fetch = huggingface_hub.hf_hub_download
+    return _fetched(fetch, RELEASED_REPOSITORY, RELEASED_TOKENIZER), _fetched(fetch, RELEASED_REPOSITORY, RELEASED[name].file)
+
+
+def fetch_folder(repository: str) -> Path:
+    """The folder of a model on the Hub, downloaded unless the Hub's cache has it."""
+    return _fetched(huggingface_hub.snapshot_download, repository, allow_patterns=MODEL_FILES)
+
+
+def _fetched(fetch: Any, repository: str, *what: str, **options: Any) -> Path:
+    """What a download gives, or one line that says why it does not."""
+    try:
+        return Path(fetch(repository, *what, **options))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        known = ", ".join([*BUNDLED, *RELEASED])
+        raise ValueError(f"{repository!r} is no model: not a bundled or released name ({known}), not a folder, not on the Hub") from error
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(f"{repository} is not in the Hub's cache and cannot be reached; go online once, or give a folder") from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"{repository} on the Hub does not hold {' '.join(what) or 'a model folder'}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ConnectionError(f"{repository} could not be fetched ({type(error).__name__}); go online, or give a folder") from error

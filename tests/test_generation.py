@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flexvar
+from flexvar import Guidance, Keep, Sampling, Schedule, Tokenizer, Transformer, generate
+from flexvar.kv_cache import KeyValueCache
+
+SCHEDULE = Schedule.of([1, (1, 2), (3, 4), (4, 6)])
+
+
+def codes_of(tokenizer: Tokenizer, transformer: Transformer, labels: list[int], seeds: list[int], **settings) -> torch.Tensor:
+    schedule = settings.pop("schedule", SCHEDULE)
+    steps = generate(tokenizer, transformer, labels, schedule, seeds=seeds, **settings)
+    return torch.cat([step.codes.flatten(1) for step in steps], 1)
+
+
+def test_generate_stays_the_function() -> None:
+    importlib.import_module("flexvar.generation")
+    assert callable(flexvar.generate)
+    from flexvar import generate as again
+
+    assert again is flexvar.generate
+
+
+def test_every_scale_is_a_picture(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    steps = list(generate(small_tokenizer, small_transformer, [0, 5], SCHEDULE, seeds=[1, 2]))
+    assert [step.index for step in steps] == [0, 1, 2, 3]
+    assert [step.size for step in steps] == list(SCHEDULE)
+    for step in steps:
+        assert step.codes.shape == (2, *step.size)
+        assert step.codes.dtype == torch.int64
+        assert step.images.shape == (2, 3, 4 * step.size[0], 4 * step.size[1])
+        assert step.images is step.images
+
+
+def test_pictures_are_decoded_only_when_asked_for(small_tokenizer: Tokenizer, small_transformer: Transformer, monkeypatch) -> None:
+    decoded = []
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, codes: decoded.append(codes.shape) or codes)
+    steps = list(generate(small_tokenizer, small_transformer, [0], SCHEDULE, seeds=[1]))
+    assert not decoded
+    _ = steps[1].images
+    assert decoded == [(1, 1, 2)]
+
+
+@settings(deadline=None, max_examples=15)
+@given(data=st.data())
+def test_a_picture_depends_on_its_own_seed_and_label_alone(data, small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    count = data.draw(st.integers(1, 5))
+    labels = data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
+    seeds = data.draw(st.lists(st.integers(0, 2**40), min_size=count, max_size=count))
+    guidance = Guidance("ramp", data.draw(st.sampled_from([1.0, 3.0])))
+    sampling = Sampling(top_k=data.draw(st.sampled_from([0, 7])), top_p=0.9, greedy="none")
+    together = codes_of(small_tokenizer, small_transformer, labels, seeds, guidance=guidance, sampling=sampling)
+    alone = data.draw(st.integers(0, count - 1))
+    single = codes_of(small_tokenizer, small_transformer, [labels[alone]], [seeds[alone]], guidance=guidance, sampling=sampling)
+    assert torch.equal(single[0], together[alone])
+
+
+def test_seeds_and_labels_matter(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    codes = codes_of(small_tokenizer, small_transformer, [0, 0, 1], [1, 2, 1], sampling=Sampling(greedy="none"))
+    assert not torch.equal(codes[0], codes[1])
+    assert not torch.equal(codes[0], codes[2])
+
+
+def test_guidance_folded_before_the_head_is_guidance_of_the_logits(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    """The plain path: two separate passes over the true codes so far, guided logits, the likeliest code."""
+    guidance, labels = Guidance("constant", 3.0), torch.tensor([0, 3])
+    drawn = list(generate(small_tokenizer, small_transformer, labels, SCHEDULE, guidance=guidance, sampling=Sampling(top_k=1)))
+    inputs = small_tokenizer.inputs([step.codes for step in drawn], SCHEDULE)
+    with_class = small_transformer(labels, inputs, SCHEDULE)
+    without = small_transformer(torch.full_like(labels, 5), inputs, SCHEDULE)
+    expected = (without + 3.0 * (with_class - without)).argmax(-1)
+    assert torch.equal(torch.cat([step.codes.flatten(1) for step in drawn], 1), expected)
+    assert not torch.equal(expected, with_class.argmax(-1))
+
+
+def test_split_guidance_draws_the_same(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    one, two = (
+        codes_of(small_tokenizer, small_transformer, [1, 2, 3], [4, 5, 6], guidance=Guidance("ramp", 2.5, split=split))
+        for split in (False, True)
+    )
+    assert torch.equal(one, two)
+
+
+def test_guidance_switched_off_halves_the_work(small_tokenizer: Tokenizer, small_transformer: Transformer, monkeypatch) -> None:
+    rows = []
+    plain = KeyValueCache.extend
+    monkeypatch.setattr(KeyValueCache, "extend", lambda self, block, k, v: (rows.append(len(k)), plain(self, block, k, v))[1])
+    off = [Guidance("constant", 1.0), Guidance("ramp", 1.0), Guidance("official-ramp", 0.0)]
+    codes = [codes_of(small_tokenizer, small_transformer, [1, 2], [3, 4], guidance=guidance) for guidance in off]
+    assert set(rows) == {2}
+    assert torch.equal(codes[0], codes[1])
+    assert torch.equal(codes[0], codes[2])
+    codes_of(small_tokenizer, small_transformer, [1, 2], [3, 4], guidance=Guidance("ramp", 2.0))
+    assert set(rows) == {2, 4}
+
+
+@pytest.mark.parametrize("schedule", [[3], [(2, 2), (2, 2), (2, 5)], [1, 6, 9]])
+def test_hand_made_schedules(small_tokenizer: Tokenizer, small_transformer: Transformer, schedule: list) -> None:
+    codes = codes_of(small_tokenizer, small_transformer, [0], [1], schedule=schedule)
+    assert codes.shape == (1, Schedule.of(schedule).tokens)
+
+
+def test_kept_codes_stay_and_steer(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    plain = list(generate(small_tokenizer, small_transformer, [1], SCHEDULE, seeds=[1]))
+    given_codes = [(step.codes + 1) % 48 for step in plain]
+    left = [torch.arange(w).expand(1, h, w) < w // 2 for h, w in SCHEDULE]
+    steps = list(generate(small_tokenizer, small_transformer, [1], SCHEDULE, seeds=[1], keep=Keep(given_codes, left, upto=3)))
+    for step, kept, where in zip(steps[:3], given_codes, left, strict=False):
+        assert torch.equal(step.codes[where], kept[where])
+    assert not torch.equal(steps[3].codes[left[3]], given_codes[3][left[3]])
+    everything = list(generate(small_tokenizer, small_transformer, [1, 2], SCHEDULE, seeds=[1, 2], keep=Keep(given_codes)))
+    assert all(torch.equal(step.codes, kept.expand(2, -1, -1)) for step, kept in zip(everything, given_codes, strict=True))
+    with pytest.raises(ValueError, match="kept codes of scale 1"):
+        list(generate(small_tokenizer, small_transformer, [1], SCHEDULE, keep=Keep([given_codes[0], given_codes[0]])))
+
+
+@pytest.mark.parametrize("labels", [[], [-1], [6]])
+def test_labels_out_of_range(small_tokenizer: Tokenizer, small_transformer: Transformer, labels: list[int]) -> None:
+    with pytest.raises(ValueError, match="from 0 to 5"):
+        next(generate(small_tokenizer, small_transformer, labels, SCHEDULE))
+
+
+def test_seeds_of_the_wrong_length(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    with pytest.raises(ValueError, match="2 seeds were given for 1 pictures"):
+        next(generate(small_tokenizer, small_transformer, [0], SCHEDULE, seeds=[1, 2]))
+
+
+def test_a_cache_too_small_says_so() -> None:
+    cache = KeyValueCache(1, 1, 1, 3, 2, dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="room for 3 tokens and was given 4"):
+        cache.extend(0, torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))
+
+
+def test_half_precision_runs(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    import copy
+
+    tokenizer, transformer = copy.deepcopy(small_tokenizer).bfloat16(), copy.deepcopy(small_transformer).bfloat16()
+    *_, last = generate(tokenizer, transformer, [0, 1], SCHEDULE, seeds=[1, 2])
+    assert last.images.dtype == torch.bfloat16
+    assert torch.isfinite(last.images.float()).all()

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexvar import FlexVARPipeline
+from flexvar.cli import main
+from flexvar.official import read_released, transformer_from_released
+from golden import weights
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    """A folder with the golden tokenizer and a transformer of depth 2, as the released files lay them out."""
+    folder = tmp_path_factory.mktemp("released")
+    torch.save({"model": weights.tokenizer_tensors()}, folder / "FlexVAE.pth")
+    tensors = weights.transformer_tensors(2)
+    torch.save(tensors | {"attn_bias_for_masking": torch.zeros(1, 1, 591, 591)}, folder / "bare.pth")
+    torch.save({"trainer": {"var_wo_ddp": tensors}, "args": {"depth": 2}, "epoch": 3}, folder / "nested.pth")
+    return folder
+
+
+def test_both_layouts_and_any_mask(released: Path) -> None:
+    bare, nested = read_released(released / "bare.pth"), read_released(released / "nested.pth")
+    assert bare.keys() == nested.keys()
+    assert not any("mask" in name or "zero_k" in name for name in bare)
+    assert transformer_from_released(bare).config.depth == 2
+
+
+def test_convert_and_back(released: Path, tmp_path: Path, capsys) -> None:
+    files = ["--tokenizer", str(released / "FlexVAE.pth"), "--transformer", str(released / "nested.pth")]
+    assert main(["convert", *files, str(tmp_path / "model")]) == 0
+    pipe = FlexVARPipeline.from_pretrained(tmp_path / "model")
+    assert pipe.class_names[0] == "tench"
+    assert (pipe.defaults.height, pipe.defaults.guidance.kind, pipe.defaults.sampling.greedy) == (256, "official-ramp", "official")
+    assert (pipe.defaults.sampling.top_k, pipe.defaults.sampling.top_p, pipe.transformer.config.positions) == (900, 0.95, "area")
+    assert main(["convert", *files, str(tmp_path / "model")]) == 2
+    assert "holds a model already" in capsys.readouterr().err
+
+    assert main(["convert", "--back", str(tmp_path / "model"), str(tmp_path / "back")]) == 0
+    tokenizer = torch.load(tmp_path / "back" / "FlexVAE.pth", weights_only=True)["model"]
+    transformer = torch.load(tmp_path / "back" / "FlexVARd2.pth", weights_only=True)
+    expected = weights.transformer_tensors(2)
+    assert transformer.keys() == {*expected, "attn_bias_for_masking"}
+    assert all(torch.equal(transformer[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(tokenizer[name], tensor) for name, tensor in weights.tokenizer_tensors().items())
+
+
+def test_a_released_name_is_fetched_converted_once_and_kept(released: Path, tmp_path: Path, monkeypatch) -> None:
+    asked = []
+
+    def stand_in(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(released / ("FlexVAE.pth" if file == "FlexVAE.pth" else "bare.pth"))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", stand_in)
+    monkeypatch.setenv("FLEXVAR_CACHE", str(tmp_path))
+    for _ in range(2):
+        assert FlexVARPipeline.from_pretrained("flexvar-d16").transformer.config.depth == 2
+    assert asked == [("jiaosiyu1999/FlexVAR", "FlexVAE.pth"), ("jiaosiyu1999/FlexVAR", "FlexVARd16-epo179.pth")]
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path("evil-was-here").touch, ())
+
+
+def truncated(folder: Path) -> Path:
+    path = folder / "short.pth"
+    torch.save(weights.transformer_tensors(2), path)
+    path.write_bytes(path.read_bytes()[:5000])
+    return path
+
+
+def malicious(folder: Path) -> Path:
+    path = folder / "evil.pth"
+    path.write_bytes(pickle.dumps({"model": Evil()}))
+    return path
+
+
+def malicious_zip(folder: Path) -> Path:
+    path = folder / "evil-zip.pth"
+    torch.save({"model": Evil()}, path)
+    return path
+
+
+def without_tensors(folder: Path) -> Path:
+    path = folder / "numbers.pth"
+    torch.save({"model": {"a": 1}}, path)
+    return path
+
+
+def text(folder: Path) -> Path:
+    path = folder / "page.pth"
+    path.write_text("<html>404</html>")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (truncated, "is damaged or not a torch file"),
+        (malicious, "holds more than tensors"),
+        (malicious_zip, "holds more than tensors"),
+        (without_tensors, "holds no table of tensors"),
+        (text, "not a torch file"),
+        (lambda folder: folder / "nowhere.pth", "there is no file"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(make: Callable[[Path], Path], words: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        read_released(make(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not Path("evil-was-here").exists()
+
+
+def test_what_does_not_fit_is_named() -> None:
+    tensors = {name: tensor for name, tensor in weights.transformer_tensors(2).items() if "zero_k" not in name}
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.fc2\.bias is missing"):
+        transformer_from_released({name: tensor for name, tensor in tensors.items() if name != "blocks.1.ffn.fc2.bias"})
+    with pytest.raises(ValueError, match="lvl_embed is not a tensor of this model"):
+        transformer_from_released(tensors | {"lvl_embed": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"pos_start has shape \(1, 1, 64\) instead of \(1, 1, 128\)"):
+        transformer_from_released(tensors | {"pos_start": torch.zeros(1, 1, 64)})
+
+
+def test_the_wrong_file_for_the_job(released: Path) -> None:
+    with pytest.raises(ValueError, match="tokenizer's file given for the transformer's"):
+        FlexVARPipeline.from_released(released / "bare.pth", released / "FlexVAE.pth")

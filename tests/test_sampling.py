@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexvar import Guidance, Sampling, Schedule
+from flexvar.sampling import candidates, choose, uniform_numbers
+
+
+def test_guidance_weights() -> None:
+    schedule = Schedule.square([1, 2, 4, 8, 16])
+    assert Guidance("constant", 3.0).weights(schedule) == (3.0,) * 5
+    assert Guidance("ramp", 3.0).weights(schedule) == (1.0, 1.5, 2.0, 2.5, 3.0)
+    assert Guidance("official-ramp", 2.0).weights(schedule) == (1.0, 1.5, 2.0, 2.5, 3.0)
+    assert Guidance("ramp", 1.0).weights(schedule) == Guidance("constant", 1.0).weights(schedule) == (1.0,) * 5
+    assert Guidance("official-ramp", 0.0).weights(schedule) == (1.0,) * 5
+
+
+def test_the_official_ramp_overshoots_and_ends_beyond_the_trained_grid() -> None:
+    assert Guidance("official-ramp", 2.5).weights(Schedule.named("13"))[-1] == pytest.approx(1 + 2.5 * 12 / 9)
+    weights = Guidance("official-ramp", 3.0).weights(Schedule.named("512-15"))
+    assert weights[-2:] == (4.0, 4.0)
+    assert weights[12] == pytest.approx(1 + 3.0 * 12 / 9)
+    assert Guidance("official-ramp", 3.0).weights([(16, 17)]) == (4.0,)
+
+
+@pytest.mark.parametrize(("kind", "end"), [("ramp", 2.5), ("constant", 2.5), ("official-ramp", 3.5)])
+def test_one_scale_takes_the_end_value(kind: str, end: float) -> None:
+    assert Guidance(kind, 2.5).weights([(4, 4)]) == (end,)  # type: ignore[arg-type]
+
+
+def test_greedy_scales() -> None:
+    greedy = Sampling(greedy="official").greedy_scales(Schedule.named("512-15"))
+    drawn_greedily = [h for (h, _), flag in zip(Schedule.named("512-15"), greedy, strict=True) if flag]
+    assert drawn_greedily == [7, 9, 12, 14, 23, 32]
+    oblong = [(1, 1), (7, 9), (16, 16), (12, 24)]
+    assert Sampling(greedy="official").greedy_scales(oblong) == (False, False, False, True)
+    assert Sampling(greedy="none").greedy_scales(oblong) == (False,) * 4
+    assert Sampling(greedy=(16, (7, 9))).greedy_scales(oblong) == (False, True, True, False)
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": -1}, {"top_p": 1.5}, {"temperature": 0.0}, {"greedy": "all"}])
+def test_wrong_settings(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)
+    with pytest.raises(ValueError, match="kind"):
+        Guidance("linear", 2.0)  # type: ignore[arg-type]
+
+
+def test_numbers_depend_on_the_seed_alone() -> None:
+    alone, among = uniform_numbers([7], 50), uniform_numbers([3, 7, 9], 50)
+    assert torch.equal(alone[0], among[1])
+    assert not torch.equal(among[0], among[2])
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (0, 1.0), (5, 0.0), (0, 0.6), (7, 0.8)])
+def test_chosen_codes_follow_the_candidates(top_k: int, top_p: float) -> None:
+    logits = 1.5 * torch.randn(1, 1, 12, generator=torch.Generator().manual_seed(1))
+    probabilities, codes = candidates(logits, top_k, top_p)
+    expected = torch.zeros(12).scatter(0, codes[0, 0], probabilities[0, 0])
+    assert expected.sum() == pytest.approx(1)
+    count = 40000
+    numbers = (torch.arange(count) + 0.5)[None] / count  # evenly spread, so that the shares are exact
+    chosen = choose(logits.expand(1, count, 12), numbers, Sampling(top_k, top_p, greedy="none"))
+    assert torch.allclose(torch.bincount(chosen[0], minlength=12) / count, expected, atol=1e-3)
+
+
+def test_edges() -> None:
+    logits = torch.randn(2, 3, 20)
+    top = logits.argmax(-1)
+    sampling = Sampling(top_k=0, top_p=0.0)
+    assert torch.equal(choose(logits, torch.rand(2, 3), Sampling(top_k=1)), top)
+    assert torch.equal(choose(logits, torch.rand(2, 3), sampling, greedy=True), top)
+    assert torch.equal(choose(logits, torch.zeros(2, 3), sampling), top)
+    assert torch.equal(choose(logits, torch.ones(2, 3), Sampling(top_k=6, top_p=0.0)), logits.topk(6).indices[..., -1])
+    assert torch.equal(choose(logits, torch.rand(2, 3), Sampling(top_k=0, top_p=1e-6)), top)
+    assert torch.equal(choose(logits, torch.rand(2, 3), Sampling(top_k=0, top_p=0.0, temperature=1e-4)), top)
