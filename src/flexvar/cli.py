@@ -170,11 +170,12 @@ def run_sample(words: Words) -> None:
     device = _device(words.device)
     dtype = getattr(torch, words.dtype) if words.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe.to(device, dtype)
-    _make_folder(words.out)
     pictures: list[Image.Image] = []
     for start in _progress(range(0, len(labels), words.batch), "drawing"):
         part = slice(start, start + words.batch)
-        steps = list(pipe.stream(labels[part], seed=seeds[part], **settings))
+        drawing = pipe.stream(labels[part], seed=seeds[part], **settings)  # complains of wrong settings at once
+        _make_folder(words.out)
+        steps = list(drawing)
         for i, picture in enumerate(_painted(steps[-1])):
             stem, seed = stems[start + i], seeds[start + i]
             facts = {"model": str(words.model), "class": pipe.class_name(labels[start + i]), "seed": seed}

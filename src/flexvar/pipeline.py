@@ -197,9 +197,9 @@ class FlexVARPipeline:
         return [self._label(label) for label in listed]
 
     def _label(self, label: Label) -> int:
-        classes = self.transformer.config.classes
+        null_class = self.transformer.config.null_class
         if label is None or label == UNCONDITIONAL:
-            return self.transformer.config.null_class
+            return null_class
         if isinstance(label, str):
             by_name = {name.casefold(): index for index, name in reversed(list(enumerate(self.class_names)))}
             if label.casefold() in by_name:
@@ -209,8 +209,8 @@ class FlexVARPipeline:
                 names = [self.class_names[by_name[name]] for name in close]
                 hint = f"did you mean {' or '.join(map(repr, names))}?" if names else "`flexvar info` lists the classes"
                 raise ValueError(f"there is no class {label!r}; {hint}")
-        if not 0 <= int(label) < classes:
-            raise ValueError(f"there is no class {label}; indices go from 0 to {classes - 1}")
+        if not 0 <= int(label) <= null_class:
+            raise ValueError(f"there is no class {label}; indices go from 0 to {null_class - 1}, and {null_class} or None means no class")
         return int(label)
 
     def class_name(self, label: int) -> str:

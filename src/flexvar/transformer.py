@@ -222,7 +222,7 @@ class Transformer(nn.Module):
         return self.head(self.read_out(x, condition)).float()  # (B, L, V)
 
     def step(self, x: Tensor, condition: Condition, cache: KeyValueCache) -> Tensor:
-        """One scale: embedded tokens (B, n, D) to what the head reads (B, n, D). The cache holds the earlier scales and takes in this one."""
+        """One scale: embedded tokens (B, n, D) to what the head reads (B, n, D). The cache takes in this scale."""
         for i, block in enumerate(self.blocks):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:

@@ -47,6 +47,16 @@ class Tokenizer(nn.Module):
         self.quantizer = Quantizer(config.codebook_size, config.code_width)
         self.before_codes = nn.Conv2d(config.z_channels, config.code_width, 1)
         self.after_codes = nn.Conv2d(config.code_width, config.z_channels, 1)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """He initialisation: with torch's own, whose gains are far smaller, a small tokenizer learns less than half as fast."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def features(self, images: Tensor) -> Tensor:
         """Feature maps (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1], after the 1x1 convolution and before any scale is taken.

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flexvar import FlexVARPipeline, Guidance, Sampling, Tokenizer, Transformer
+from flexvar.checkpoint import Defaults, Model, save
+from flexvar.cli import main, parser
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, small_tokenizer: Tokenizer, small_transformer: Transformer) -> str:
+    folder = tmp_path_factory.mktemp("models") / "small"
+    defaults = Defaults(16, 16, 4, Guidance("ramp", 2.0), Sampling(0, 0.95, greedy="none"))
+    save(Model(small_tokenizer, small_transformer, ("pizza", "cat face", "a/b", "d", "e"), defaults), folder)
+    return str(folder)
+
+
+def test_sample(model: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    words = ["sample", "pizza", "cat face", "2", "--model", model, "--height", "8", "--width", "24", "--seed", "7", "--count", "2"]
+    assert main([*words, "--batch", "4", "--out", str(out), "--grid", "--strip"]) == 0
+    names = [f"{name}-seed{seed}" for name, seed in zip(["pizza"] * 2 + ["cat-face"] * 2 + ["a-b"] * 2, range(7, 13), strict=True)]
+    expected = {f"{name}{ending}" for name in names for ending in (".png", "-strip.png")} | {"grid.png"}
+    assert {path.name for path in out.iterdir()} == expected
+    assert set(capsys.readouterr().out.split()) == {str(out / name) for name in expected}
+    picture = Image.open(out / "cat-face-seed9.png")
+    assert picture.size == (24, 8)
+    assert picture.text["class"] == "cat face"
+    assert picture.text["seed"] == "9"
+    assert picture.text["schedule"].endswith("2x6")
+    same = FlexVARPipeline.from_pretrained(model)("cat face", height=8, width=24, seed=9).images[0]
+    assert np.array_equal(np.asarray(picture), np.asarray(same))
+
+
+def test_nothing_is_overwritten_unasked(model: str, tmp_path: Path, capsys) -> None:
+    words = ["sample", "pizza", "--model", model, "--out", str(tmp_path)]
+    assert main(words) == 0
+    before = (tmp_path / "pizza-seed0.png").stat().st_mtime_ns
+    assert main(words) == 2
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "pizza-seed0.png").stat().st_mtime_ns == before
+    assert main([*words, "--overwrite"]) == 0
+
+
+def test_no_class_is_unconditional_and_schedules_are_read(model: str, tmp_path: Path) -> None:
+    assert main(["sample", "--model", model, "--schedule", "1x1,2x3", "--greedy", "1,2x3", "--out", str(tmp_path)]) == 0
+    assert Image.open(tmp_path / "unconditional-seed0.png").size == (12, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["piza"], "did you mean 'pizza'"),
+        (["pizza", "--height", "30"], "nearest height is 28 or 32"),
+        (["pizza", "--schedule", "4,2"], "shrinks"),
+        (["pizza", "--schedule", "four"], "is not a schedule"),
+        (["pizza", "--schedule", "1,4", "--steps", "5"], "num_inference_steps is 5"),
+        (["pizza", "--steps", "1"], "at least 2"),
+        (["pizza", "--device", "abacus"], "no device 'abacus'"),
+        (["pizza", "--count", "0"], "--count is 0"),
+        (["pizza", "--temperature", "0"], "temperature"),
+        (["pizza", "--out", "{file}"], "is a file"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(model: str, words: list[str], complaint: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    words = [word.format(file=tmp_path / "file") for word in words]
+    assert main(["sample", "--model", model, "--out", str(tmp_path / "out"), *words]) == 2
+    captured = capsys.readouterr()
+    assert complaint in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_not_there(capsys, tmp_path: Path) -> None:
+    assert main(["info", str(tmp_path)]) == 2
+    assert "is not a model folder" in capsys.readouterr().err
+
+
+def test_info(model: str, capsys) -> None:
+    assert main(["info", model]) == 0
+    out = capsys.readouterr().out
+    assert "cat face" in out
+    assert "tokenizer:" in out
+
+
+def test_data_shapes(tmp_path: Path, capsys) -> None:
+    words = ["data", "shapes", str(tmp_path / "shapes"), "--count", "2", "--height", "20", "--width", "30"]
+    assert main(words) == 0
+    assert "20 pictures of 10 classes" in capsys.readouterr().out
+    pictures = sorted((tmp_path / "shapes").rglob("*.png"))
+    assert len(pictures) == 20
+    assert Image.open(pictures[0]).size == (30, 20)
+    assert main(words) == 2
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    def commands(of, path=()):
+        for action in of._actions:
+            for name, sub in (getattr(action, "choices", None) or {}).items() if hasattr(action, "_name_parser_map") else ():
+                yield from commands(sub, (*path, name))
+        if of.get_default("run"):
+            yield path, of.format_help()
+
+    found = dict(commands(parser()))
+    assert {path[0] for path in found} == {"sample", "train", "convert", "data", "info", "plan"}
+    for path, text in found.items():
+        assert f"example: flexvar {' '.join(path)}" in " ".join(text.split()), path
+
+
+def test_help_needs_no_torch_and_import_touches_nothing() -> None:
+    script = "import sys, flexvar, flexvar.cli; flexvar.cli.parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+@pytest.mark.slow
+def test_as_a_program(model: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "flexvar", "sample", "piza", "--model", model, "--out", str(tmp_path)]
+    run = subprocess.run(words, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flexvar import FlexVARPipeline, Guidance, Sampling, Schedule, Tokenizer, Transformer
+from flexvar.checkpoint import Defaults, Model
+
+NAMES = ("pizza", "cat face", "dog face", "Rocket", "12")
+
+
+@pytest.fixture(scope="module")
+def pipe(small_tokenizer: Tokenizer, small_transformer: Transformer) -> FlexVARPipeline:
+    defaults = Defaults(16, 16, 4, Guidance("ramp", 2.0), Sampling(0, 0.95, greedy="none"))
+    return FlexVARPipeline(Model(small_tokenizer, small_transformer, NAMES, defaults))
+
+
+def test_call(pipe: FlexVARPipeline) -> None:
+    out = pipe(class_labels=["pizza", 3], height=8, width=24, num_inference_steps=3, guidance_scale=2.5, seed=7, output_type="pil")
+    assert [picture.size for picture in out.images] == [(24, 8), (24, 8)]
+    assert out.labels == [0, 3]
+    assert out.seeds == [7, 8]
+
+
+def test_a_picture_is_the_same_alone_and_in_any_batch(pipe: FlexVARPipeline) -> None:
+    many = pipe(["pizza", "Rocket", None, 1, 2], seed=10, output_type="pt").images
+    chunks = pipe(["pizza", "Rocket", None, 1, 2], seed=10, output_type="pt", batch_size=2).images
+    assert torch.allclose(many, chunks, atol=1e-5)
+    alone = pipe(1, seed=13, output_type="pt").images
+    assert torch.allclose(alone[0], many[3], atol=1e-5)
+
+
+def test_output_types(pipe: FlexVARPipeline) -> None:
+    tensor = pipe(0, seed=1, output_type="pt").images
+    array = pipe(0, seed=1, output_type="np").images
+    (picture,) = pipe(0, seed=1).images
+    assert tensor.shape == (1, 3, 16, 16)
+    assert 0 <= tensor.min() <= tensor.max() <= 1
+    assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(np.asarray(picture), (array[0] * 255).round().astype(np.uint8))
+    with pytest.raises(ValueError, match="'pil', 'np' or 'pt'"):
+        pipe(0, output_type="jpg")
+
+
+def test_stream_draws_what_the_call_draws(pipe: FlexVARPipeline) -> None:
+    steps = list(pipe.stream("pizza", seed=3))
+    assert [step.size for step in steps] == list(Schedule.for_grid(4, 4, 4, 4))
+    images = pipe("pizza", seed=3, output_type="pt").images
+    assert torch.allclose((steps[-1].images.clamp(-1, 1) + 1) / 2, images)
+
+
+def test_no_seed_draws_one_and_tells_it(pipe: FlexVARPipeline) -> None:
+    first, second = pipe(0), pipe(0)
+    assert first.seeds != second.seeds
+    assert np.array_equal(np.asarray(pipe(0, seed=first.seeds).images[0]), np.asarray(first.images[0]))
+
+
+@pytest.mark.parametrize(
+    ("label", "index"), [("pizza", 0), ("PIZZA", 0), ("rocket", 3), ("12", 4), ("2", 2), (4, 4), (None, 5), ("unconditional", 5)]
+)
+def test_labels(pipe: FlexVARPipeline, label, index: int) -> None:
+    assert pipe.labels_of(label) == [index]
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("piza", "did you mean 'pizza'"),
+        ("face", "'cat face'"),
+        ("xyzzy", "flexvar info"),
+        (6, "0 to 4"),
+        (-1, "0 to 4"),
+        ("-1", "no class"),
+    ],
+)
+def test_unknown_labels(pipe: FlexVARPipeline, label, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pipe(label)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"height": 18}, "height 18 is not a multiple of 4 px; the nearest height is 16 or 20"),
+        ({"seed": [1, 2]}, "2 seeds were given for 1 pictures"),
+        ({"schedule": [1, 4, 2]}, "shrinks from 4x4 to 2x2"),
+        ({"schedule": []}, "at least one scale"),
+        ({"schedule": [1, 4], "height": 20}, "height is 20, but the schedule ends at 16 px"),
+        ({"schedule": [1, 4], "num_inference_steps": 3}, "num_inference_steps is 3, but the schedule has 2"),
+        ({"num_inference_steps": 1}, "at least 2"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"guidance": "linear"}, "kind"),
+    ],
+)
+def test_bad_settings(pipe: FlexVARPipeline, settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pipe(0, **settings)
+
+
+def test_one_side_means_a_square_and_the_default_is_silent(pipe: FlexVARPipeline) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pipe(0, height=20, seed=0).images[0].size == (20, 20)
+        assert pipe(0, width=8, seed=0).images[0].size == (8, 8)
+    with pytest.warns(UserWarning, match="in 4 steps instead of 9"):
+        pipe(0, num_inference_steps=9, seed=0)
+
+
+def test_settings_matter(pipe: FlexVARPipeline) -> None:
+    def drawn(**settings) -> list[int]:
+        return list(pipe.stream(0, seed=5, **settings))[-1].codes.flatten().tolist()
+
+    plain = drawn()
+    for settings in (
+        {"guidance_scale": 8.0},
+        {"guidance": "constant"},
+        {"top_k": 1},
+        {"temperature": 3.0},
+        {"greedy": (4, 3)},
+        {"top_p": 0.1},
+    ):
+        assert drawn(**settings) != plain, settings
+
+
+def test_folders(pipe: FlexVARPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    again = FlexVARPipeline.from_pretrained(tmp_path / "model")
+    assert np.array_equal(np.asarray(again("pizza", seed=1).images[0]), np.asarray(pipe("pizza", seed=1).images[0]))
+    with pytest.raises(FileExistsError):
+        pipe.save_pretrained(tmp_path / "model")
+
+
+def test_hub(pipe: FlexVARPipeline, tmp_path: Path, monkeypatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    pipe.save_pretrained(tmp_path / "hub")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "hub"))
+    assert FlexVARPipeline.from_pretrained("someone/model").class_names == NAMES
+    assert asked == ["someone/model"]
+
+    def offline(name: str, **_) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ConnectionError, match="not in the Hub's cache and cannot be reached"):
+        FlexVARPipeline.from_pretrained("someone/model")
+
+    uploaded = {}
+    monkeypatch.setattr("huggingface_hub.create_repo", lambda name, **_: None)
+
+    def upload(repo_id: str, folder_path: str) -> None:
+        uploaded[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+
+    monkeypatch.setattr("huggingface_hub.upload_folder", upload)
+    pipe.push_to_hub("me/mine")
+    assert uploaded == {"me/mine": ["config.json", "tokenizer.safetensors", "transformer.safetensors"]}
+
+
+def test_names_that_lead_nowhere() -> None:
+    with pytest.raises(ValueError, match="not a bundled or released name"):
+        FlexVARPipeline.from_pretrained("no such name!")
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        FlexVARPipeline.from_pretrained("./nowhere")
+
+
+def test_reconstruct(pipe: FlexVARPipeline) -> None:
+    picture = Image.new("RGB", (37, 21), "red")
+    assert pipe.reconstruct(picture).images[0].size == (36, 20)
+    assert pipe.reconstruct(picture, height=8, width=16).images[0].size == (16, 8)
+    assert pipe.reconstruct(Image.new("L", (3, 2)), output_type="pt").images.shape == (1, 3, 4, 4)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        pipe.reconstruct(picture, height=9)
+
+
+def test_a_tokenizer_alone_is_no_pipeline(small_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="no transformer yet"):
+        FlexVARPipeline(Model(small_tokenizer))
