@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji_classifier", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT.safetensors")
     parser.add_argument("--classes", choices=("well-known", "all"), default="well-known", help="48 well-known emoji, or all of them")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     words = parser.parse_args()

@@ -190,7 +190,7 @@ def run_sample(words: Words) -> None:
                 _save_picture(sheet([row], [caption]), words.out / f"{stems[start + i]}-strip.png")
     if words.grid:
         columns = words.count if words.count > 1 else max(1, round(len(pictures) ** 0.5))
-        captions = in_rows([pipe.class_name(label) for label in labels], columns)  # type: ignore[type-var]
+        captions = in_rows([pipe.class_name(label) for label in labels], columns)
         _save_picture(sheet(in_rows(pictures, columns), captions), words.out / "grid.png")
     for path in planned:
         print(path)

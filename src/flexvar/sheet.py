@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+T = TypeVar("T")
 
 INK, PAPER = (40, 44, 52), (255, 255, 255)
 CAPTION = 14  # px
@@ -37,6 +40,6 @@ def sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str
     return paper
 
 
-def in_rows(pictures: Sequence[Image.Image], columns: int) -> list[list[Image.Image]]:
-    """A list of pictures cut into rows."""
-    return [list(pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
+def in_rows(items: Sequence[T], columns: int) -> list[list[T]]:
+    """A list of pictures, or of their captions, cut into rows."""
+    return [list(items[start : start + columns]) for start in range(0, len(items), columns)]

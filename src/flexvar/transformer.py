@@ -155,16 +155,20 @@ class Transformer(nn.Module):
         nn.init.trunc_normal_(self.start, std=std)
         self.positions.copy_(initial_table(width, self.config.table_side))
         self.head.weight.mul_(0.02)
-        for block in self.blocks:
+        for block in self.layers:
             block.attention.out.weight.div_(math.sqrt(2 * depth))
             block.mlp.fall.weight.div_(math.sqrt(2 * depth))
-        for modulation in [self.shared_modulation] if self.shared_modulation else [block.modulation for block in self.blocks]:
+            if self.shared_modulation is not None:
+                block.modulation_offset[:2].mul_(gain_factor)
+        for modulation in [self.shared_modulation] if self.shared_modulation is not None else [block.modulation for block in self.layers]:
             modulation.weight[2 * width :].mul_(0.5)
             modulation.weight[: 2 * width].mul_(gain_factor)
-        if self.shared_modulation:
-            for block in self.blocks:
-                block.modulation_offset[:2].mul_(gain_factor)
         self.final_modulation.weight.mul_(0.5)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, typed."""
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     # -- the parts of one pass --
 
@@ -174,9 +178,9 @@ class Transformer(nn.Module):
         signal = F.silu(embedding)
         if self.shared_modulation is not None:
             shared = self.shared_modulation(signal).unflatten(-1, (MODULATIONS, -1))  # (B, 6, D)
-            blocks = [shared + block.modulation_offset for block in self.blocks]
+            blocks = [shared + block.modulation_offset for block in self.layers]
         else:
-            blocks = [block.modulation(signal).unflatten(-1, (MODULATIONS, -1)) for block in self.blocks]
+            blocks = [block.modulation(signal).unflatten(-1, (MODULATIONS, -1)) for block in self.layers]
         final = self.final_modulation(signal).unflatten(-1, (2, -1))  # (B, 2, D)
         return Condition(embedding, tuple(block.transpose(0, 1)[:, :, None] for block in blocks), final.transpose(0, 1)[:, :, None])
 
@@ -208,10 +212,10 @@ class Transformer(nn.Module):
                 f"inputs have {inputs.shape[1]} tokens, but {schedule} needs {schedule.tokens - schedule.first}: all but the first scale's"
             )
         condition = self.condition(labels)
-        x = [self.begin(condition, schedule[0])]
+        scales = [self.begin(condition, schedule[0])]
         for size, at in zip(schedule.sizes[1:], schedule.slices[1:], strict=True):
-            x.append(self.embed(inputs[:, at.start - schedule.first : at.stop - schedule.first], size))
-        x = torch.cat(x, 1)  # (B, L, D)
+            scales.append(self.embed(inputs[:, at.start - schedule.first : at.stop - schedule.first], size))
+        x = torch.cat(scales, 1)  # (B, L, D)
         mask = block_causal_mask(schedule, x.device)  # (L, L)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

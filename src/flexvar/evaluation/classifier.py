@@ -24,8 +24,9 @@ from flexvar.weights import fill
 
 BUNDLED = "emoji-classifier.safetensors"
 SMALLEST = 32  # px
-WIDTHS, KERNELS = (32, 64, 96, 128), (5, 3, 3, 3)  # of each layer that halves the resolution; the last width is the number of features
+WIDTHS, KERNELS = (32, 64, 96, 128, 128), (5, 3, 3, 3, 3)  # of the layers, each of which halves the resolution; the last sees 65 px
 PICTURES_AT_ONCE = 64
+JUMBLED_SHARE = 0.25
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP_STEPS = 2e-3, 0.01, 50
 
 
@@ -54,7 +55,7 @@ class Classifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Features (B, F), averaged over the picture, and over the crops of an oblong one."""
         crops = self.crops(images)  # (B, n, 3, size, size)
-        maps = self.body(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (B, n, F, size/16, size/16)
+        maps = self.body(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (B, n, F, size/32, size/32)
         return maps.mean((1, 3, 4))  # (B, F)
 
     def crops(self, images: Tensor) -> Tensor:
@@ -104,19 +105,18 @@ def load_classifier(path: Path | str | None = None) -> Classifier:
 def train_classifier(source: PictureSource, *, steps: int, batch: int, seed: int, size: int = 64) -> Classifier:
     """A classifier of the source's classes, in evaluation mode; on a CPU the same at every run with the same number of threads.
 
-    Each step draws `batch` new pictures at one size: half to 1.75 times `size`, sometimes two or three times as long as wide, so that a
-    crop with half an emoji or none learns to say little. Shows a bar on a terminal. Raises ValueError for a size below 32.
+    Each step draws `batch` new pictures of one size: half to 1.75 times `size`, sometimes two or three times as long as wide, so that a
+    crop with half an emoji or none learns to say little. Shows a bar on a terminal. Raises ValueError for a size below 32 or one class.
     """
+    if len(source.class_names) < 2:
+        raise ValueError("the source has a single class; a classifier needs two to tell apart")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = Classifier(source.class_names, size).train()
     optimiser = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY)
     for step in tqdm(range(steps), unit="step", disable=None):
-        rng = np.random.default_rng((seed, step))
-        shape = _training_shape(size, rng)
-        drawn = [source.draw(int(index), shape, rng) for index in rng.integers(len(source), size=batch)]
-        images = _as_images([_degraded(pixels, rng) for pixels, _ in drawn])
-        loss = F.cross_entropy(classifier(images), torch.tensor([label for _, label in drawn]))
+        images, targets = _training_batch(source, batch, size, np.random.default_rng((seed, step)))
+        loss = F.cross_entropy(classifier(images), targets)
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimiser.zero_grad()
@@ -149,7 +149,7 @@ def class_accuracy(classifier: Classifier, pictures: Tensor, labels: Sequence[in
 
 
 def accuracy_interval(right: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of the share right / total: (low, high), both in [0, 1]. ValueError unless 0 <= right <= total, total > 0."""
+    """The 95 % Wilson interval of the share right / total: (low, high) in [0, 1]. ValueError unless 0 <= right <= total and total > 0."""
     if not 0 <= right <= total or not total:
         raise ValueError(f"{right} of {total} is not a share; give 0 <= right <= total and a total above 0")
     z = 1.959964
@@ -163,13 +163,44 @@ def _as_images(pictures: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
+def _training_batch(source: PictureSource, batch: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, H, W) of one shape, and the probabilities (B, classes) to learn for them.
+
+    A share of the pictures is jumbled and has any class but its own: without them, colours and textures alone tell the classes apart, and
+    the right parts in the wrong places pass for the whole.
+    """
+    shape, classes = _training_shape(size, rng), len(source.class_names)
+    pictures, targets = [], torch.zeros(batch, classes)
+    for target, index in zip(targets, rng.integers(len(source), size=batch), strict=True):
+        pixels, label = source.draw(int(index), shape, rng)
+        if rng.random() < JUMBLED_SHARE:
+            pixels = _jumbled(pixels, rng)
+            target.fill_(1 / (classes - 1))[label] = 0
+        else:
+            target[label] = 1
+        pictures.append(_degraded(pixels, rng))
+    return _as_images(pictures), targets
+
+
 def _training_shape(size: int, rng: np.random.Generator) -> tuple[int, int]:
-    """The (height, width) of a step's pictures: near `size`, one in seven oblong."""
-    if rng.random() < 1 / 7:
+    """(height, width): square and near `size`, one in five oblong."""
+    if rng.random() < 0.2:
         short, times = max(SMALLEST, 3 * size // 4), int(rng.integers(2, 4))
         return (short, short * times) if rng.random() < 0.5 else (short * times, short)
     side = int(rng.integers(max(SMALLEST, size // 2), 7 * size // 4))
     return side, side
+
+
+def _jumbled(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture (H, W, 3) cut into 4 x 4 or 8 x 8 blocks of each square, which change places."""
+    height, width = pixels.shape[:2]
+    block = min(height, width) // int(rng.choice((4, 8)))
+    rows, columns = height // block, width // block
+    inside = pixels[: rows * block, : columns * block].reshape(rows, block, columns, block, 3).swapaxes(1, 2)
+    shuffled = rng.permutation(inside.reshape(-1, block, block, 3)).reshape(inside.shape)
+    result = pixels.copy()
+    result[: rows * block, : columns * block] = shuffled.swapaxes(1, 2).reshape(rows * block, columns * block, 3)
+    return result
 
 
 def _degraded(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

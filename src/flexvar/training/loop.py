@@ -71,7 +71,8 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     named: set[str] = set()
     for prefix, module in network.named_modules():
         named |= {f"{prefix}.{name}".lstrip(".") for name in getattr(module, "WITHOUT_DECAY", ())}
-    decaying, others = [], []
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         (others if parameter.ndim <= 1 or name in named else decaying).append(parameter)
     return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -154,11 +155,13 @@ class _Run:
             bar.update()
             last = self.step == config.steps or self._all_stopping()
             if self.step % config.report_every == 0 or last:
+                for figure in (loss, *figures.values()):
+                    self._average_over_processes(figure)
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; lower the learning rate and start again")
                 passed, began = time.perf_counter() - began, time.perf_counter()
                 self.seconds += passed
-                report = {"step": self.step, "loss": loss.item(), "gradient_norm": norm, "learning_rate": rate}
+                report: dict[str, Any] = {"step": self.step, "loss": loss.item(), "gradient_norm": norm, "learning_rate": rate}
                 report |= {name: value.tolist() for name, value in figures.items()}
                 report |= {"pictures_per_second": pictures / passed, "seconds": self.seconds}
                 self._report(report)
@@ -188,6 +191,12 @@ class _Run:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
         return loss.detach(), figures, norm.item(), rate
+
+    @staticmethod
+    def _average_over_processes(figure: Tensor) -> None:
+        if dist.is_initialized() and figure.is_floating_point():
+            dist.all_reduce(figure)
+            figure /= dist.get_world_size()
 
     # -- what lies in the run folder --
 

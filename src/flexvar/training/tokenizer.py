@@ -6,19 +6,17 @@ picture's own aspect ratio; the target of a scale is the picture averaged down t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from flexvar.checkpoint import Defaults, Model
-from flexvar.schedule import Size
+from flexvar.schedule import Size, grid_of
+from flexvar.sheet import sheet, to_pil
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
 from flexvar.training.config import TokenizerRun
 from flexvar.training.loop import Workshop
@@ -56,7 +54,8 @@ class TokenizerWorkshop(Workshop):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         config, images = self.config, batch.images / 127.5 - 1  # (B, 3, H, W)
         features = self.tokenizer.features(images).float()  # (B, C, h, w)
-        sizes = random_scales(self.config.scales, tuple(features.shape[-2:]), step_random(config.seed, batch.step, "scales"))
+        native = grid_of(images.shape[-2], images.shape[-1], self.tokenizer.config.downsample)
+        sizes = random_scales(config.scales, native, step_random(config.seed, batch.step, "scales"))
         quantising = batch.step >= config.continuous * config.steps
         loss, errors, vectors = images.new_zeros(()), [], []
         for size in sizes:
@@ -65,7 +64,7 @@ class TokenizerWorkshop(Workshop):
             e = self.tokenizer.quantizer.lookup(codes)  # (B, h, w, C)
             through = z + (e - z).detach() if quantising else z  # the gradient goes past the codes
             rebuilt = self.tokenizer.decode_vectors(through.permute(0, 3, 1, 2))  # (B, 3, h·f, w·f)
-            target = F.adaptive_avg_pool2d(images, rebuilt.shape[-2:])
+            target = F.adaptive_avg_pool2d(images, (rebuilt.shape[-2], rebuilt.shape[-1]))
             l2 = F.mse_loss(rebuilt.float(), target)
             loss = loss + config.l2 * l2 + config.l1 * F.l1_loss(rebuilt.float(), target)
             # As sums over the code's width: on the unit sphere the mean over it would shrink the pull as codes get wider.
@@ -109,7 +108,7 @@ class TokenizerWorkshop(Workshop):
             for size in [(h, w), (max(1, h // 2), max(1, w // 2)), (max(1, h // 4), max(1, w // 4))]:
                 (codes,) = network.codes(features, [size])
                 rows.append(F.interpolate(network.decode(codes), images.shape[-2:], mode="nearest"))
-        save_sheet(rows, path)
+        sheet([to_pil(row) for row in rows]).save(path)
 
     def finished(self, network: nn.Module, provenance: dict[str, Any]) -> Model:
         assert isinstance(network, Tokenizer)
@@ -122,10 +121,3 @@ def random_scales(count: int, native: Size, rng: Any) -> list[Size]:
     longer = max(native)
     sides = sorted(rng.sample(range(1, longer), min(count - 1, longer - 1)))
     return [*((max(1, native[0] * side // longer), max(1, native[1] * side // longer)) for side in sides), native]
-
-
-def save_sheet(rows: Sequence[Tensor], path: Path, gap: int = 2) -> None:
-    """Rows of pictures (N, 3, H, W) in [-1, 1] as one PNG."""
-    strips = [F.pad(row.clamp(-1, 1), (gap, gap, gap, gap), value=1.0).permute(1, 2, 0, 3).flatten(2) for row in rows]  # (3, H, N·W)
-    sheet = ((torch.cat(strips, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)  # (H, W, 3)
-    Image.fromarray(np.ascontiguousarray(sheet.cpu().numpy())).save(path)

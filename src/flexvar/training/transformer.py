@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from flexvar.checkpoint import Defaults, Model
 from flexvar.generation import generate
 from flexvar.sampling import Guidance, Sampling
-from flexvar.schedule import Schedule
+from flexvar.schedule import Schedule, grid_of
+from flexvar.sheet import sheet, to_pil
 from flexvar.training.config import TransformerRun
 from flexvar.training.loop import Workshop
 from flexvar.training.order import LABEL, PATHS, Batch, position_random, step_random
-from flexvar.training.tokenizer import save_sheet
 from flexvar.transformer import Transformer, TransformerConfig
 
 
@@ -86,27 +86,19 @@ class TransformerWorkshop(Workshop):
         return ((chance >= rates) / (1 - rates)).to(batch.images.device, torch.float32)
 
     def sheet(self, network: nn.Module, path: Path) -> None:
-        """Samples at fixed seeds, all of `sheet_labels`, on each of the first three sizes."""
+        """Samples at fixed seeds: a row for each of the picture sizes, all of `sheet_labels`."""
         assert isinstance(network, Transformer)
-        tokenizer = self.frozen[0].tokenizer
+        tokenizer, defaults = self.frozen[0].tokenizer, self._defaults()
+        labels = [label for label in self.config.sheet_labels if label < len(self.class_names)]
         rows = []
-        for height, width in self.config.sizes[:1]:
-            labels = [label for label in self.config.sheet_labels if label < len(self.class_names)]
-            grid = (height // tokenizer.config.downsample, width // tokenizer.config.downsample)
+        for height, width in dict.fromkeys((height, width) for height, width in self.config.sizes):
+            grid = grid_of(height, width, tokenizer.config.downsample)
             schedule = Schedule.for_grid(*grid, trained_grid=network.config.trained_grid)
-            for row in range(3):
-                seeds = [1000 * row + label for label in labels]
-                *_, last = generate(
-                    tokenizer,
-                    network,
-                    labels,
-                    schedule,
-                    guidance=self._defaults().guidance,
-                    sampling=self._defaults().sampling,
-                    seeds=seeds,
-                )
-                rows.append(last.images)
-        save_sheet(rows, path)
+            *_, last = generate(
+                tokenizer, network, labels, schedule, guidance=defaults.guidance, sampling=defaults.sampling, seeds=range(len(labels))
+            )
+            rows.append(to_pil(last.images))
+        sheet(rows).save(path)
 
     def _defaults(self) -> Defaults:
         height, width = self.config.sizes[0]

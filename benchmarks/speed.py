@@ -1,0 +1,173 @@
+"""How near one picture's drawing comes to the least time that this machine's own rates allow.
+
+`python -m benchmarks.speed [--depth 16 --height 256 --width 256 --steps 10 --batch 1 --repeats 3 --threads 2]`
+
+The floor is the sum over the parts of FLOPs / rate, with the rates of large fp32 products and of 3x3 convolutions measured in the same
+run, before and after, the better of the two taken. Weights are random, guidance is on, settings are the released ones, the last scale is
+decoded. Exit status 1 where the share of the floor is below the target (0.70 by default). Other work on the machine spoils the figure:
+the rates before and after then differ, which is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexvar import Schedule, Tokenizer, TokenizerConfig, Transformer, TransformerConfig, generation
+from flexvar.accounting import Flops, plan
+
+TARGET = 0.70
+SECONDS_A_RATE = 0.5
+"""How long each shape is measured."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of this machine, float32."""
+
+    products: float
+    convolutions: float
+    format: str  # the faster one: "NCHW" or "channels last"
+
+    def floor(self, flops: Flops) -> tuple[float, float]:
+        """The least seconds of the transformer and of the decoder."""
+        return (
+            flops.transformer / self.products,
+            flops.decoder_convolutions / self.convolutions + flops.decoder_attention / self.products,
+        )
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """One batch, from labels to pictures."""
+
+    transformer: float
+    sampling: float
+    decoder: float
+
+    @property
+    def all(self) -> float:
+        """The parts together."""
+        return self.transformer + self.sampling + self.decoder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--height", type=int, default=256, help="pixels")
+    parser.add_argument("--width", type=int, default=256, help="pixels")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--target", type=float, default=TARGET, help="share of the floor (default: %(default)s)")
+    words = parser.parse_args()
+    torch.set_num_threads(words.threads)
+    torch.manual_seed(0)
+
+    transformer_config, tokenizer_config = TransformerConfig(depth=words.depth), TokenizerConfig()
+    schedule = Schedule.for_size(words.height, words.width, words.steps, tokenizer_config.downsample)
+    flops = plan(transformer_config, tokenizer_config, schedule, batch=words.batch).flops
+    transformer = Transformer(transformer_config).eval().requires_grad_(False)
+    tokenizer = Tokenizer(tokenizer_config).eval().requires_grad_(False)
+
+    def measure_rates() -> Rates:
+        rows = 2 * words.batch * schedule.counts[-1]
+        return Rates(product_rate(rows, transformer_config.width), *convolution_rate(words.batch, words.height, words.width))
+
+    before = measure_rates()
+    drawn = [draw(tokenizer, transformer, schedule, words.batch) for _ in range(words.repeats + 1)][1:]  # the first one warms up
+    after = measure_rates()
+
+    fastest = max(before, after, key=lambda rates: rates.convolutions)
+    rates = Rates(max(before.products, after.products), fastest.convolutions, fastest.format)
+    floors = rates.floor(flops)
+    share = sum(floors) / statistics.median(seconds.all for seconds in drawn)
+    print(
+        f"torch {torch.__version__}, {words.threads} threads; depth {words.depth}, {words.batch} x {words.height} x {words.width} px, {schedule}"
+    )
+    for name, these in (("before", before), ("after", after)):
+        print(
+            f"rates {name:<7} products {these.products / 1e9:6.1f} GFLOP/s, "
+            f"3x3 convolutions {these.convolutions / 1e9:6.1f} GFLOP/s ({these.format})"
+        )
+    print(f"{'':<12}{'TFLOP':>9}{'floor s':>9}{'seconds':>9}{'share':>8}   (seconds: {words.repeats} pictures' or batches' median)")
+    for name, count, floor in (("transformer", flops.transformer, floors[0]), ("sampling", 0, 0.0), ("decoder", flops.decoder, floors[1])):
+        seconds = statistics.median(getattr(one, name) for one in drawn)
+        print(f"{name:<12}{count / 1e12:>9.3f}{floor:>9.2f}{seconds:>9.2f}{floor / seconds:>8.2f}")
+    seconds = statistics.median(one.all for one in drawn)
+    print(f"{'all':<12}{flops.total / 1e12:>9.3f}{sum(floors):>9.2f}{seconds:>9.2f}{share:>8.2f}   target {words.target:.2f}", end="")
+    print(
+        f", {'reached' if share >= words.target else 'missed'}; seconds {min(s.all for s in drawn):.2f} to {max(s.all for s in drawn):.2f}"
+    )
+    return 0 if share >= words.target else 1
+
+
+def draw(tokenizer: Tokenizer, transformer: Transformer, schedule: Schedule, batch: int) -> Seconds:
+    """Draws and decodes one batch of classes 0, 1, 2, ... under guidance."""
+    sampling = 0.0
+
+    def timed_choose(*arguments: Any) -> Tensor:
+        nonlocal sampling
+        began = time.perf_counter()
+        codes = choose(*arguments)
+        sampling += time.perf_counter() - began
+        return codes
+
+    choose = generation.choose
+    began = time.perf_counter()
+    with mock.patch.object(generation, "choose", timed_choose):
+        *_, last = generation.generate(tokenizer, transformer, list(range(batch)), schedule, seeds=range(batch))
+    drawn = time.perf_counter()
+    assert last.images.isfinite().all()
+    return Seconds(drawn - began - sampling, sampling, time.perf_counter() - drawn)
+
+
+def rate(work: Callable[[], Tensor], flops: int) -> float:
+    """FLOP/s of a piece of work: the median over runs that fill half a second."""
+    work()
+    seconds: list[float] = []
+    while sum(seconds) < SECONDS_A_RATE or len(seconds) < 3:
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return flops / statistics.median(seconds)
+
+
+def product_rate(rows: int, width: int) -> float:
+    """FLOP/s of the model's largest products, those of its MLP at the last scale."""
+    rates = []
+    for wide, narrow in ((4 * width, width), (width, 4 * width)):
+        x, weight, bias = torch.randn(rows, narrow), torch.randn(wide, narrow), torch.randn(wide)
+        rates.append(rate(lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias), 2 * rows * narrow * wide))  # type: ignore[misc]
+    return statistics.harmonic_mean(rates)
+
+
+def convolution_rate(batch: int, height: int, width: int) -> tuple[float, str]:
+    """FLOP/s of the decoder's largest 3x3 convolutions in the faster memory format, and its name."""
+    best = (0.0, "")
+    for memory_format, name in ((torch.contiguous_format, "NCHW"), (torch.channels_last, "channels last")):
+        seconds, count = 0.0, 0
+        for channels, shrink in ((128, 1), (256, 2), (256, 4)):
+            x = torch.randn(batch, channels, height // shrink, width // shrink).to(memory_format=memory_format)
+            weight = torch.randn(channels, channels, 3, 3).to(memory_format=memory_format)
+            flops = 2 * x.numel() * channels * 9
+            seconds += flops / rate(lambda x=x, weight=weight: F.conv2d(x, weight, padding=1), flops)  # type: ignore[misc]
+            count += flops
+        best = max(best, (count / seconds, name))
+    return best
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        sys.exit(main())

@@ -1,0 +1,261 @@
+"""What a generation costs, said before anything runs: tokens, FLOPs by part, parameters and memory.
+
+One multiply-add counts as 2 FLOPs. Products of matrices, attention and convolutions are counted; normalisation, activation functions,
+resampling and the choice of codes (top-k and sums over V numbers a token) are not: below 1 % of the work together. The transformer is
+counted by formula, the decoder by running it on tensors without data, so that whatever shape it has is counted as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from flexvar.schedule import Schedule, ScheduleLike, Size
+from flexvar.tokenizer import Tokenizer, TokenizerConfig
+from flexvar.transformer import MODULATIONS, Transformer, TransformerConfig
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class ScaleFlops:
+    """FLOPs of one scale, the whole batch, both halves of guidance included."""
+
+    size: Size  # (h, w)
+    seen: int  # tokens that each token attends to: this scale's and all earlier ones'
+    projections: int  # queries, keys, values and what comes out of attention: 4 D x D matrices
+    attention: int  # scores and weighted sum
+    mlp: int
+    head: int  # on B rows: guidance is folded into what the head reads
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.projections + self.attention + self.mlp + self.head
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one batch by part."""
+
+    scales: tuple[ScaleFlops, ...]
+    modulation: int  # of all blocks and the head by the class, once a picture
+    embedding: int  # lifted codes into the transformer's width
+    decoder_convolutions: int
+    decoder_attention: int
+    rows_per_picture: int  # through the blocks: 2 with guidance
+
+    def of(self, part: str) -> int:
+        """One part ("projections", "attention", "mlp", "head") over all scales."""
+        return sum(getattr(scale, part) for scale in self.scales)
+
+    @property
+    def transformer(self) -> int:
+        """Everything but the decoder."""
+        return sum(scale.total for scale in self.scales) + self.modulation + self.embedding
+
+    @property
+    def transformer_as_released(self) -> int:
+        """What the released code spends: both halves through the head, and the modulation at every scale."""
+        return self.transformer + (self.rows_per_picture - 1) * self.of("head") + (len(self.scales) - 1) * self.modulation
+
+    @property
+    def decoder(self) -> int:
+        """Codes of the last scale to pictures."""
+        return self.decoder_convolutions + self.decoder_attention
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.transformer + self.decoder
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. What the libraries add for themselves (a convolution's workspace, a CUDA context) is not in it."""
+
+    transformer_weights: int
+    tokenizer_weights: int  # encoder included
+    cache: int  # keys and values of all scales
+    drawing: int  # estimate: the last scale's activations, or its logits in float32 where they are larger
+    decoding: int  # the largest sum of maps that exist at the same time in the decoder
+
+    @property
+    def weights(self) -> int:
+        """Transformer and tokenizer."""
+        return self.transformer_weights + self.tokenizer_weights
+
+    @property
+    def peak(self) -> int:
+        """The most that exists at the same time; the cache lives until the last scale is decoded."""
+        return self.weights + self.cache + max(self.drawing, self.decoding)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of drawing one batch."""
+
+    transformer: TransformerConfig
+    tokenizer: TokenizerConfig
+    schedule: Schedule
+    batch: int
+    guided: bool
+    dtype: torch.dtype
+    transformer_parameters: int
+    tokenizer_parameters: int
+    flops: Flops
+    memory: Memory
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """A plain-text table."""
+        flops, memory, model = self.flops, self.memory, self.transformer
+        height, width = (side * self.tokenizer.downsample for side in self.schedule[-1])
+        guided = "guided" if self.guided else "without guidance"
+        lines = [
+            f"depth {model.depth}, width {model.width}, {model.heads} heads: {self.transformer_parameters / 1e6:.1f} M parameters; "
+            f"tokenizer {self.tokenizer_parameters / 1e6:.1f} M",
+            f"{self.batch} x {height} x {width} px, {guided}, {str(self.dtype).removeprefix('torch.')}: "
+            f"{self.schedule.tokens} tokens in {len(self.schedule)} scales",
+            "",
+            f"{'scale':>9}{'tokens':>9}{'seen':>9}{'FLOP':>12}{'share':>9}",
+        ]
+        for (h, w), scale in zip(self.schedule, flops.scales, strict=True):
+            row = f"{f'{h}x{w}':>9}{h * w:>9}{scale.seen:>9}{_flop(scale.total):>12}"
+            lines.append(f"{row}{scale.total / flops.total:>9.1%}")
+        parts = {part: flops.of(part) for part in ("projections", "attention", "mlp", "head")}
+        parts |= {"class modulation": flops.modulation, "embedding": flops.embedding}
+        parts |= {"decoder convolutions": flops.decoder_convolutions, "decoder attention": flops.decoder_attention}
+        lines += ["", f"{'part':<27}{'FLOP':>12}{'share':>9}"]
+        lines += [f"{name:<27}{_flop(count):>12}{count / flops.total:>9.1%}" for name, count in parts.items()]
+        lines.append(f"{'all':<27}{_flop(flops.total):>12}   {_flop(flops.total / self.batch)} a picture")
+        lines.append(
+            f"{'transformer':<27}{_flop(flops.transformer):>12}   {_flop(flops.transformer_as_released)} as the released code does it"
+        )
+        sizes = {"transformer weights": memory.transformer_weights, "tokenizer weights": memory.tokenizer_weights}
+        sizes |= {"keys and values": memory.cache, "drawing, last scale": memory.drawing, "decoding": memory.decoding}
+        lines += ["", f"{'memory':<27}{'MiB':>12}"]
+        lines += [f"{name:<27}{size / MEBIBYTE:>12.1f}" for name, size in sizes.items()]
+        lines.append(f"{'peak':<27}{memory.peak / MEBIBYTE:>12.1f}   drawing and decoding follow one another")
+        return lines
+
+
+def plan(
+    transformer: TransformerConfig,
+    tokenizer: TokenizerConfig,
+    schedule: ScheduleLike,
+    *,
+    batch: int = 1,
+    guided: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Plan:
+    """What drawing a batch of pictures costs; only the last scale is decoded. Nothing is allocated."""
+    if batch < 1:
+        raise ValueError(f"a batch of {batch} draws nothing; give 1 or more")
+    schedule = Schedule.of(schedule)
+    rows = 2 * batch if guided else batch
+    convolutions, attention, decoding = _decoding(tokenizer, schedule[-1], batch, dtype)
+    flops = Flops(
+        scales=_scale_flops(transformer, schedule, batch, rows),
+        modulation=2 * rows * transformer.width**2 * (MODULATIONS * (1 if transformer.shared_modulation else transformer.depth) + 2),
+        embedding=2 * batch * (schedule.tokens - schedule.first) * transformer.code_width * transformer.width,
+        decoder_convolutions=convolutions,
+        decoder_attention=attention,
+        rows_per_picture=rows // batch,
+    )
+    transformer_parameters = _parameters(Transformer, transformer)
+    tokenizer_parameters = _parameters(Tokenizer, tokenizer)
+    last = schedule.counts[-1]
+    hidden = round(transformer.width * transformer.mlp_ratio)
+    memory = Memory(
+        transformer_weights=transformer_parameters * dtype.itemsize,
+        tokenizer_weights=tokenizer_parameters * dtype.itemsize,
+        cache=2 * transformer.depth * rows * schedule.tokens * transformer.width * dtype.itemsize,
+        # The MLP holds its hidden layer twice beside x, its normalised and its modulated form; sampling holds the logits twice.
+        drawing=max(rows * last * (2 * hidden + 3 * transformer.width) * dtype.itemsize, 2 * batch * last * transformer.codebook_size * 4),
+        decoding=decoding,
+    )
+    return Plan(transformer, tokenizer, schedule, batch, guided, dtype, transformer_parameters, tokenizer_parameters, flops, memory)
+
+
+def _scale_flops(config: TransformerConfig, schedule: Schedule, batch: int, rows: int) -> tuple[ScaleFlops, ...]:
+    """2 FLOPs for each row, token and weight; attention multiplies every query with every key and every score with every value."""
+    depth, width = config.depth, config.width
+    hidden = round(width * config.mlp_ratio)
+    scales = []
+    for size, tokens, at in zip(schedule, schedule.counts, schedule.slices, strict=True):
+        scales.append(
+            ScaleFlops(
+                size=size,
+                seen=at.stop,
+                projections=2 * rows * tokens * depth * 4 * width**2,
+                attention=4 * rows * tokens * depth * at.stop * width,
+                mlp=2 * rows * tokens * depth * 2 * width * hidden,
+                head=2 * batch * tokens * width * config.codebook_size,
+            )
+        )
+    return tuple(scales)
+
+
+@functools.lru_cache(maxsize=8)
+def _parameters(network: Callable[[Any], nn.Module], config: TransformerConfig | TokenizerConfig) -> int:
+    """The parameters of a network, made without its numbers."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in network(config).parameters())
+
+
+def _decoding(config: TokenizerConfig, size: Size, batch: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """FLOPs of the decoder's convolutions and of its attention, and the most bytes that its maps take at the same time."""
+    with torch.device("meta"), torch.no_grad():
+        tokenizer = Tokenizer(config).to(dtype)
+        with LiveBytes() as live, FlopCounterMode(display=False) as counter:
+            tokenizer.decode_vectors(torch.empty(batch, config.code_width, *size, dtype=dtype))
+    convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    return convolutions, counter.get_total_flops() - convolutions, live.most
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the tensors that are made while it is on: `now` bytes of them exist, `most` existed at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation and takes note of new memory among its results."""
+        self._known.update(_storages((args, kwargs)))  # what was there before: weights, inputs
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result) - set(self._known):
+            self._known.add(storage)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._remove, storage.nbytes())
+        return result
+
+    def _remove(self, size: int) -> None:
+        self.now -= size
+
+
+def _storages(tree: Any) -> set[torch.UntypedStorage]:
+    """The memory behind the tensors in nested tuples, lists and dictionaries."""
+    return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+
+
+def _flop(count: float) -> str:
+    """A count in the unit that suits it, three digits behind the point."""
+    for unit, name in ((1e12, "T"), (1e9, "G")):
+        if count >= unit:
+            return f"{count / unit:.3f} {name}"
+    return f"{count / 1e6:.3f} M"
