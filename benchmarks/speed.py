@@ -94,7 +94,8 @@ def main() -> int:
     floors = rates.floor(flops)
     share = sum(floors) / statistics.median(seconds.all for seconds in drawn)
     print(
-        f"torch {torch.__version__}, {words.threads} threads; depth {words.depth}, {words.batch} x {words.height} x {words.width} px, {schedule}"
+        f"torch {torch.__version__}, {words.threads} threads; depth {words.depth}, "
+        f"{words.batch} x {words.height} x {words.width} px: {schedule}"
     )
     for name, these in (("before", before), ("after", after)):
         print(

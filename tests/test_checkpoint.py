@@ -1,12 +1,6 @@
 from __future__ import annotations
 
-import errno
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexvar import Guidance, Sampling, Tokenizer, Transformer
-from flexvar.checkpoint import Defaults, Model, load, load_configs, save, write_whole
+from flexvar.checkpoint import Defaults, Model, load, load_configs, save
 
 
 @pytest.fixture
@@ -121,34 +115,3 @@ def test_damage_is_named_in_one_line(model: Model, tmp_path: Path, harm, words: 
 def test_not_a_model_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a model folder"):
         load(tmp_path)
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    path.write_text("old")
-
-    def fill(beside: Path) -> None:
-        beside.write_text("ne")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(path, fill)
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["state"]
-
-
-def test_a_kill_while_saving_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    path.write_text("old")
-    script = f"""
-        import os, pathlib, signal
-        from flexvar.checkpoint import write_whole
-
-        def kill(beside):
-            beside.write_text("ne")
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        write_whole(pathlib.Path({str(path)!r}), kill)
-    """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)]).returncode == -signal.SIGKILL
-    assert path.read_text() == "old"

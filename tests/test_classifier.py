@@ -88,7 +88,7 @@ def test_files_that_are_no_classifier(tmp_path: Path, trained: Classifier) -> No
 def test_oblong_pictures_are_judged_by_squares(trained: Classifier, height: int, width: int, crops: int) -> None:
     pictures = torch.rand(2, 3, height, width) * 2 - 1
     assert trained.crops(pictures).shape == (2, crops, 3, 32, 32)
-    assert trained.features(pictures).shape == (2, 128)
+    assert trained.features(pictures).shape == (2, 112)
     logits = trained(pictures)
     assert logits.shape == (2, 3)
     one_by_one = torch.stack([trained(crop[None])[0] for crop in trained.crops(pictures)[0]])

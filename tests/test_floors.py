@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "flexvar"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("schedule", "position", "kv_cache", "sampling", "weights", "sheet"),
+    ("schedule", "position", "kv_cache", "sampling", "weights", "writing", "progress", "sheet"),
     ("tokenizer", "transformer", "data"),
     ("generation", "accounting"),
     ("editing", "checkpoint", "official", "zoo"),

@@ -107,3 +107,13 @@ def test_sampling_leaves_nothing_on_the_modules(small_transformer: Transformer, 
     next(iter(generate(small_tokenizer, small_transformer, [0], [1, 2])))
     assert {name: id(value) for name, value in vars(small_transformer).items()} == before
     assert not list(small_transformer.buffers())
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same(small_transformer: Transformer, small_tokenizer: Tokenizer) -> None:
+    schedule = Schedule.square([1, 2, 3])
+    labels, inputs, codes = torch.tensor([1, 2]), torch.randn(2, 13, 8), torch.randint(48, (2, 4, 4))
+    compiled = torch.compile(small_transformer, fullgraph=True)
+    painted = torch.compile(small_tokenizer.decode, fullgraph=True)
+    assert torch.allclose(compiled(labels, inputs, schedule), small_transformer(labels, inputs, schedule), atol=1e-4)
+    assert torch.allclose(painted(codes), small_tokenizer.decode(codes), atol=1e-4)

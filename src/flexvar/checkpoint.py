@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from flexvar.sampling import Guidance, Sampling
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
 from flexvar.transformer import Transformer, TransformerConfig
 from flexvar.weights import fill
+from flexvar.writing import write_whole
 
 FORMAT = 1
 CONFIG, TOKENIZER, TRANSFORMER = "config.json", "tokenizer.safetensors", "transformer.safetensors"
@@ -115,18 +115,6 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], TokenizerConfig, Transfo
         return config, tokenizer, transformer, Defaults(guidance=guidance, sampling=sampling, **defaults)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); write the folder again") from error
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a file beside `path` and puts it in place when it is complete: a full disk or a kill leaves the old file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _save_weights(module: nn.Module, path: Path, dtype: torch.dtype) -> None:

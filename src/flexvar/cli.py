@@ -142,6 +142,7 @@ def run_sample(words: Words) -> None:
     import torch
 
     from flexvar.pipeline import FlexVARPipeline
+    from flexvar.progress import progress
     from flexvar.schedule import Schedule
     from flexvar.sheet import in_rows, sheet
 
@@ -171,7 +172,7 @@ def run_sample(words: Words) -> None:
     dtype = getattr(torch, words.dtype) if words.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe.to(device, dtype)
     pictures: list[Image.Image] = []
-    for start in _progress(range(0, len(labels), words.batch), "drawing"):
+    for start in progress(range(0, len(labels), words.batch), "drawing"):
         part = slice(start, start + words.batch)
         drawing = pipe.stream(labels[part], seed=seeds[part], **settings)  # complains of wrong settings at once
         _make_folder(words.out)
@@ -311,16 +312,9 @@ def _make_folder(folder: Path) -> None:
 def _save_picture(picture: Image.Image, path: Path, facts: dict[str, Any] | None = None) -> None:
     from PIL.PngImagePlugin import PngInfo
 
-    from flexvar.checkpoint import write_whole
+    from flexvar.writing import write_whole
 
     text = PngInfo()
     for name, value in (facts or {}).items():
         text.add_itxt(name, str(value))
     write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=text))
-
-
-def _progress(items: Sequence[int], what: str) -> Any:
-    """A bar on a terminal, nothing where the output is a file: a sheet takes seconds."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, disable=None)

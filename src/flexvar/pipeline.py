@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flexvar import zoo
-from flexvar.checkpoint import Defaults, Model, load, save, write_whole
+from flexvar.checkpoint import Defaults, Model, load, save
 from flexvar.data import fitted, imagenet_classes, upright_rgb
 from flexvar.generation import Step, generate
 from flexvar.official import read_released, to_released, tokenizer_from_released, transformer_from_released
@@ -25,6 +25,7 @@ from flexvar.schedule import Schedule, ScheduleLike, grid_of
 from flexvar.sheet import to_pil
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
+from flexvar.writing import write_whole
 
 Label: TypeAlias = int | str | None
 OutputType: TypeAlias = Literal["pil", "np", "pt"]

@@ -247,5 +247,5 @@ class Transformer(nn.Module):
 
 def block_causal_mask(schedule: Schedule, device: torch.device) -> Tensor:
     """(L, L) bool, True where row attends to column: a token sees its own scale and all earlier ones."""
-    scale = torch.repeat_interleave(torch.arange(len(schedule)), torch.tensor(schedule.counts)).to(device)  # (L)
+    scale = torch.tensor([k for k, count in enumerate(schedule.counts) for _ in range(count)], device=device)  # (L)
     return scale[:, None] >= scale

@@ -1,12 +1,14 @@
 """What a set of training pictures must offer, and how to write one out as class folders."""
 
-import os
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+
+from flexvar.progress import progress
+from flexvar.writing import write_whole
 
 
 @runtime_checkable
@@ -68,17 +70,14 @@ def write_pictures(
         raise FileExistsError(f"{out} is not empty: choose another folder, or overwrite it with --overwrite")
 
     classes = len(source.class_names)
-    with tqdm(total=classes * count_per_class, desc=f"writing {out}", unit="picture") as progress:
-        for label, name in enumerate(source.class_names):
-            folder = out / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for number in range(count_per_class):
-                index = (number * classes + label) % len(source)
-                pixels, drawn = source.draw(index, size, np.random.default_rng((seed, label, number)))
-                if drawn != label:
-                    raise ValueError(f"picture {index} has label {drawn}, not {label}: only drawn sources can be written")
-                _save(pixels, folder / f"{number:04d}.png")
-                progress.update()
+    for place in progress(range(classes * count_per_class), f"writing {out}"):
+        label, number = divmod(place, count_per_class)
+        pixels, drawn = source.draw((number * classes + label) % len(source), size, np.random.default_rng((seed, label, number)))
+        if drawn != label:
+            raise ValueError(f"picture {number} of class {label} has label {drawn}: only drawn sources can be written")
+        folder = out / source.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{number:04d}.png", partial(Image.fromarray(pixels).save, format="PNG"))
     licence = getattr(source, "licence", "see the source")
     (out / "README.txt").write_text(
         f"{classes * count_per_class} pictures of {size[0]} x {size[1]} px (height x width) in {classes} classes, "
@@ -88,13 +87,3 @@ def write_pictures(
         encoding="utf-8",
     )
     return classes * count_per_class
-
-
-def _save(pixels: np.ndarray, path: Path) -> None:
-    """Write to a temporary name first, so that Ctrl-C leaves no half-written picture."""
-    temporary = path.with_suffix(".partial")
-    try:
-        Image.fromarray(pixels).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from flexvar.weights import fill
 
 BUNDLED = "emoji-classifier.safetensors"
 SMALLEST = 32  # px
-WIDTHS, KERNELS = (32, 64, 96, 128, 128), (5, 3, 3, 3, 3)  # of the layers, each of which halves the resolution; the last sees 65 px
+WIDTHS, KERNELS = (32, 64, 96, 128, 112), (5, 3, 3, 3, 3)  # of the layers, each of which halves the resolution; the last sees 65 px
 PICTURES_AT_ONCE = 64
 JUMBLED_SHARE = 0.25
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP_STEPS = 2e-3, 0.01, 50

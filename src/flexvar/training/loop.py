@@ -25,10 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flexvar.checkpoint import Model, save, write_whole
+from flexvar.checkpoint import Model, save
 from flexvar.data.source import PictureSource
 from flexvar.training.config import OptimiserConfig, RunConfig, write_config
 from flexvar.training.order import Batch, Steps
+from flexvar.writing import write_whole
 
 STATE, LOG, CONFIG, MODEL, SHEETS = "state.pt", "log.jsonl", "config.yaml", "model", "sheets"
 

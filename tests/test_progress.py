@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from flexvar import progress as module
+from flexvar.progress import progress
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys, monkeypatch) -> None:
+    assert list(progress([1, 2, 3], "drawing")) == [1, 2, 3]
+    assert capsys.readouterr().err == "drawing: 3 of 3\n"
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
+    assert list(progress("ab", "drawing")) == ["a", "b"]
+    assert capsys.readouterr().err == "drawing: 1 of 2\ndrawing: 2 of 2\n"
+
+
+def test_a_bar_on_a_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert list(progress(range(4), "drawing")) == [0, 1, 2, 3]
+    assert "100%" in capsys.readouterr().err
