@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--schedule", metavar="SCALES", help="the scales themselves: 1,2,4,6 or 1x1,2x3,4x6, or a published name")
     sample.add_argument("--guidance-scale", type=float, help="1 switches guidance off, 0 the official ramp (default: the model's)")
     sample.add_argument("--guidance", choices=["ramp", "constant", "official-ramp"], help="how guidance grows over the scales")
+    sample.add_argument("--split-guidance", action="store_true", help="draw with and without the class in turn: less memory, same pictures")
     sample.add_argument("--top-k", type=int, help="candidates kept, 0 for all")
     sample.add_argument("--top-p", type=float, help="probability that the candidates reach, 0 or 1 for no limit")
     sample.add_argument("--temperature", type=float, help="logits are divided by it")
@@ -163,6 +164,7 @@ def run_sample(words: Words) -> None:
         "schedule": None if words.schedule is None else Schedule.parse(words.schedule),
         "guidance_scale": words.guidance_scale,
         "guidance": words.guidance,
+        "split_guidance": words.split_guidance or None,
         "top_k": words.top_k,
         "top_p": words.top_p,
         "temperature": words.temperature,

@@ -150,6 +150,7 @@ class FlexVARPipeline:
         schedule: ScheduleLike | None = None,
         guidance_scale: float | None = None,
         guidance: GuidanceKind | None = None,
+        split_guidance: bool | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         temperature: float | None = None,
@@ -158,10 +159,13 @@ class FlexVARPipeline:
     ) -> Iterator[Step]:
         """Draws scale by scale: one Step for each, as soon as its codes are chosen. What is not given is the model's default.
 
-        height, width: pixels, multiples of the tokenizer's downsampling; one alone means a square. num_inference_steps: scales, at least 2.
-        schedule: the scales themselves, instead of size and steps. guidance_scale, guidance: see `Guidance`; 1 switches "ramp" and
-        "constant" off, 0 "official-ramp". top_k, top_p, temperature, greedy: see `Sampling`. seed: one a picture, or one integer s for
-        s, s + 1, ...; None draws them.
+        height, width: pixels, multiples of the tokenizer's downsampling; one alone means a square.
+        num_inference_steps: scales, at least 2. schedule: the scales themselves, instead of size and steps.
+        guidance_scale, guidance: see `Guidance`; 1 switches "ramp" and "constant" off, 0 "official-ramp".
+        split_guidance: draws with and without the class in turn, for less memory.
+        top_k, top_p, temperature, greedy: see `Sampling`.
+        seed: one a picture, or one integer s for s, s + 1, ...; None draws them.
+        Raises ValueError, in one line, for an unknown class, an impossible size or schedule, and settings out of range.
         """
         labels = self.labels_of(class_labels)
         return generate(
@@ -169,7 +173,7 @@ class FlexVARPipeline:
             self.transformer,
             labels,
             self.schedule_of(height, width, num_inference_steps, schedule),
-            guidance=_replaced(self.defaults.guidance, kind=guidance, scale=guidance_scale),
+            guidance=_replaced(self.defaults.guidance, kind=guidance, scale=guidance_scale, split=split_guidance),
             sampling=_replaced(self.defaults.sampling, top_k=top_k, top_p=top_p, temperature=temperature, greedy=greedy),
             seeds=seeds_of(seed, len(labels)),
         )

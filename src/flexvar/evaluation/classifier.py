@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flexvar.checkpoint import write_whole
 from flexvar.data import PictureSource
 from flexvar.weights import fill
+from flexvar.writing import write_whole
 
 BUNDLED = "emoji-classifier.safetensors"
 SMALLEST = 32  # px

@@ -122,7 +122,7 @@ class _Run:
         self.seconds = 0.0  # spent training, over all pieces of the run
         self.stopping = False
         self._resume()
-        self.wrapped = DistributedDataParallel(self.workshop) if world > 1 else self.workshop
+        self.wrapped = DistributedDataParallel(self.workshop, broadcast_buffers=False) if world > 1 else self.workshop
 
     def train(self) -> Path:
         if self.step >= self.config.steps:
