@@ -20,6 +20,7 @@ def model(small_tokenizer: Tokenizer, small_transformer: Transformer) -> Model:
 def test_there_and_back(model: Model, tmp_path: Path) -> None:
     save(model, tmp_path / "model")
     again = load(tmp_path / "model")
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1  # others may read the weights too
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         "config.json",
         "tokenizer.safetensors",

@@ -13,6 +13,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         write(beside)
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)  # some writers, safetensors' among them, keep others from reading their files
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
