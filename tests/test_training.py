@@ -138,7 +138,11 @@ def test_the_same_command_goes_on_and_ends_the_same(trained_tokenizer: Path, tmp
     for part in ("workshop", "average"):
         assert all(torch.equal(one[part][name], two[part][name]) for name in one[part]), part
     assert [r["loss"] for r in reports(tmp_path / "whole")] == [r["loss"] for r in reports(tmp_path / "pieces")]
-    assert main(["train", "transformer", str(pieces)]) == 0  # finished: says so, changes nothing
+    capsys.readouterr()
+    assert main(["train", "transformer", str(pieces)]) == 0
+    assert "is finished (4 steps)" in capsys.readouterr().out
+    assert main(["train", "transformer", str(pieces), "steps=5", "optimiser.clip=1"]) == 0
+    assert "goes on at step 4 with other settings than before: steps, optimiser.clip" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from typing import Literal, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flexvar.writing import write_whole
+
 C = TypeVar("C", bound="RunConfig")
 
 
@@ -134,9 +136,21 @@ def read_config(kind: type[C], path: Path | str, words: Sequence[str] = ()) -> C
     return config
 
 
-def write_config(config: RunConfig, path: Path) -> None:
-    """Writes the whole config, defaults included."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+def write_config(config: RunConfig, path: Path) -> list[str]:
+    """Writes the whole config, defaults included; names the settings that differ from those that stood there before."""
+    new = OmegaConf.to_container(OmegaConf.structured(config))
+    old = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else new
+    text = OmegaConf.to_yaml(OmegaConf.create(new))
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    before, after = _flat(old), _flat(new)
+    return [key for key in after if before.get(key, after[key]) != after[key]]
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: {"optimiser.clip": 2.0, ...}."""
+    if not isinstance(settings, dict):
+        return {prefix.rstrip("."): settings}
+    return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
 
 
 def _nearest(kind: type[RunConfig], message: str) -> str:

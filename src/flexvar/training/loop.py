@@ -122,7 +122,7 @@ class _Run:
         self.seconds = 0.0  # spent training, over all pieces of the run
         self.stopping = False
         self._resume()
-        self.wrapped = DistributedDataParallel(self.workshop, broadcast_buffers=False) if world > 1 else self.workshop
+        self.wrapped = DistributedDataParallel(self.workshop) if world > 1 else self.workshop
 
     def train(self) -> Path:
         if self.step >= self.config.steps:
@@ -232,7 +232,9 @@ class _Run:
         if self.rank != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_config(self.config, self.folder / CONFIG)
+        changed = write_config(self.config, self.folder / CONFIG)
+        if changed and self.step:
+            self._say(f"{self.folder} goes on at step {self.step} with other settings than before: {', '.join(changed)}")
         if (self.folder / LOG).is_file():  # what was reported after the checkpoint will be reported again
             lines = [line for line in (self.folder / LOG).read_text().splitlines() if json.loads(line)["step"] <= self.step]
             write_whole(self.folder / LOG, lambda path: path.write_text("".join(line + "\n" for line in lines)))

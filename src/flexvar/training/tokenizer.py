@@ -26,8 +26,6 @@ from flexvar.training.order import Batch, step_random
 class TokenizerWorkshop(Workshop):
     """Learns encoder, codebook and decoder. Counts how often each code is used, and starts unused ones anew."""
 
-    used: Tensor
-
     def __init__(self, config: TokenizerRun, examples: Tensor) -> None:
         super().__init__()
         self.config = config
@@ -44,8 +42,14 @@ class TokenizerWorkshop(Workshop):
             )
         )
         self.examples = examples  # (N, 3, H, W) uint8, for the sheets
-        self.register_buffer("used", torch.zeros(shape.codebook_size))  # since unused codes were last looked for
+        self.used = torch.zeros(shape.codebook_size)  # since unused codes were last looked for; each process counts its own share
         self.latest = torch.empty(0)  # feature vectors (N, C) of the last batch, from which codes start anew
+
+    def get_extra_state(self) -> Tensor:
+        return self.used
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.used = state.cpu()
 
     @property
     def network(self) -> Tokenizer:
@@ -70,7 +74,7 @@ class TokenizerWorkshop(Workshop):
             # As sums over the code's width: on the unit sphere the mean over it would shrink the pull as codes get wider.
             loss = loss + config.codebook * (e - z.detach()).pow(2).sum(-1).mean()
             loss = loss + quantising * config.commitment * (e.detach() - z).pow(2).sum(-1).mean()
-            self.used += torch.bincount(codes.flatten(), minlength=len(self.used))
+            self.used += torch.bincount(codes.flatten(), minlength=len(self.used)).cpu()
             errors.append(l2.detach())
             vectors.append(z.detach().reshape(-1, z.shape[-1]))
         self.latest = torch.cat(vectors)
@@ -81,10 +85,11 @@ class TokenizerWorkshop(Workshop):
         every = self.config.restart_every
         if not every or step % every:
             return
-        if dist.is_initialized():
-            dist.all_reduce(self.used)
-        unused = (self.used == 0).nonzero()[:, 0]
+        used = self.used.to(self.latest.device)
         self.used.zero_()
+        if dist.is_initialized():
+            dist.all_reduce(used)
+        unused = (used == 0).nonzero()[:, 0]
         if step > 0.8 * self.config.steps:
             return  # the last codes that were started need time to settle
         chosen = torch.randint(len(self.latest), (len(unused),), generator=torch.Generator().manual_seed(step))
