@@ -64,7 +64,7 @@ def main() -> None:
     arguments.add_argument("--model", default="emoji")
     words = arguments.parse_args()
     pipe = FlexVARPipeline.from_pretrained(words.model)
-    labels = [name for name in ("pizza", "panda", "octopus", "strawberry") if name in pipe.class_names] or list(pipe.class_names[:4])
+    labels = [name for name in ("pizza", "frog", "rocket", "panda") if name in pipe.class_names] or list(pipe.class_names[:4])
     words.out.mkdir(parents=True, exist_ok=True)
     sheets = {
         "classes.png": lambda: classes_sheet(pipe),

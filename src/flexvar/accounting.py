@@ -30,7 +30,6 @@ MEBIBYTE = 2**20
 class ScaleFlops:
     """FLOPs of one scale, the whole batch, both halves of guidance included."""
 
-    size: Size  # (h, w)
     seen: int  # tokens that each token attends to: this scale's and all earlier ones'
     projections: int  # queries, keys, values and what comes out of attention: 4 D x D matrices
     attention: int  # scores and weighted sum
@@ -122,32 +121,29 @@ class Plan:
         """A plain-text table."""
         flops, memory, model = self.flops, self.memory, self.transformer
         height, width = (side * self.tokenizer.downsample for side in self.schedule[-1])
-        guided = "guided" if self.guided else "without guidance"
         lines = [
             f"depth {model.depth}, width {model.width}, {model.heads} heads: {self.transformer_parameters / 1e6:.1f} M parameters; "
             f"tokenizer {self.tokenizer_parameters / 1e6:.1f} M",
-            f"{self.batch} x {height} x {width} px, {guided}, {str(self.dtype).removeprefix('torch.')}: "
-            f"{self.schedule.tokens} tokens in {len(self.schedule)} scales",
+            f"{self.batch} x {height} x {width} px, {'guided' if self.guided else 'without guidance'}, "
+            f"{str(self.dtype).removeprefix('torch.')}: {self.schedule.tokens} tokens in {len(self.schedule)} scales",
             "",
             f"{'scale':>9}{'tokens':>9}{'seen':>9}{'FLOP':>12}{'share':>9}",
         ]
-        for (h, w), scale in zip(self.schedule, flops.scales, strict=True):
-            row = f"{f'{h}x{w}':>9}{h * w:>9}{scale.seen:>9}{_flop(scale.total):>12}"
-            lines.append(f"{row}{scale.total / flops.total:>9.1%}")
+        for scale, (h, w) in zip(flops.scales, self.schedule, strict=True):
+            lines.append(f"{f'{h}x{w}':>9}{h * w:>9}{scale.seen:>9}{_flop(scale.total):>12}{scale.total / flops.total:>9.1%}")
         parts = {part: flops.of(part) for part in ("projections", "attention", "mlp", "head")}
         parts |= {"class modulation": flops.modulation, "embedding": flops.embedding}
         parts |= {"decoder convolutions": flops.decoder_convolutions, "decoder attention": flops.decoder_attention}
-        lines += ["", f"{'part':<27}{'FLOP':>12}{'share':>9}"]
-        lines += [f"{name:<27}{_flop(count):>12}{count / flops.total:>9.1%}" for name, count in parts.items()]
-        lines.append(f"{'all':<27}{_flop(flops.total):>12}   {_flop(flops.total / self.batch)} a picture")
-        lines.append(
-            f"{'transformer':<27}{_flop(flops.transformer):>12}   {_flop(flops.transformer_as_released)} as the released code does it"
-        )
+        lines += ["", f"{'part':<24}{'FLOP':>12}{'share':>9}"]
+        lines += [f"{name:<24}{_flop(count):>12}{count / flops.total:>9.1%}" for name, count in parts.items()]
+        lines.append(f"{'all':<24}{_flop(flops.total):>12}   {_flop(flops.total / self.batch)} a picture; choosing codes is negligible")
+        released = _flop(flops.transformer_as_released)
+        lines.append(f"{'transformer alone':<24}{_flop(flops.transformer):>12}   {released} the way the released code does it")
         sizes = {"transformer weights": memory.transformer_weights, "tokenizer weights": memory.tokenizer_weights}
         sizes |= {"keys and values": memory.cache, "drawing, last scale": memory.drawing, "decoding": memory.decoding}
-        lines += ["", f"{'memory':<27}{'MiB':>12}"]
-        lines += [f"{name:<27}{size / MEBIBYTE:>12.1f}" for name, size in sizes.items()]
-        lines.append(f"{'peak':<27}{memory.peak / MEBIBYTE:>12.1f}   drawing and decoding follow one another")
+        lines += ["", f"{'memory':<24}{'MiB':>12}"]
+        lines += [f"{name:<24}{size / MEBIBYTE:>12.1f}" for name, size in sizes.items()]
+        lines.append(f"{'peak':<24}{memory.peak / MEBIBYTE:>12.1f}   drawing and decoding follow one another")
         return lines
 
 
@@ -164,48 +160,41 @@ def plan(
     if batch < 1:
         raise ValueError(f"a batch of {batch} draws nothing; give 1 or more")
     schedule = Schedule.of(schedule)
-    rows = 2 * batch if guided else batch
+    rows, width = 2 * batch if guided else batch, transformer.width
+    hidden, last = round(width * transformer.mlp_ratio), schedule.counts[-1]
+    modulations = MODULATIONS * (1 if transformer.shared_modulation else transformer.depth) + 2
     convolutions, attention, decoding = _decoding(tokenizer, schedule[-1], batch, dtype)
     flops = Flops(
-        scales=_scale_flops(transformer, schedule, batch, rows),
-        modulation=2 * rows * transformer.width**2 * (MODULATIONS * (1 if transformer.shared_modulation else transformer.depth) + 2),
-        embedding=2 * batch * (schedule.tokens - schedule.first) * transformer.code_width * transformer.width,
+        scales=tuple(_scale_flops(transformer, at, batch, rows) for at in schedule.slices),
+        modulation=2 * rows * modulations * width**2,
+        embedding=2 * batch * (schedule.tokens - schedule.first) * transformer.code_width * width,
         decoder_convolutions=convolutions,
         decoder_attention=attention,
         rows_per_picture=rows // batch,
     )
-    transformer_parameters = _parameters(Transformer, transformer)
-    tokenizer_parameters = _parameters(Tokenizer, tokenizer)
-    last = schedule.counts[-1]
-    hidden = round(transformer.width * transformer.mlp_ratio)
+    parameters = _parameters(Transformer, transformer), _parameters(Tokenizer, tokenizer)
     memory = Memory(
-        transformer_weights=transformer_parameters * dtype.itemsize,
-        tokenizer_weights=tokenizer_parameters * dtype.itemsize,
-        cache=2 * transformer.depth * rows * schedule.tokens * transformer.width * dtype.itemsize,
+        transformer_weights=parameters[0] * dtype.itemsize,
+        tokenizer_weights=parameters[1] * dtype.itemsize,
+        cache=2 * transformer.depth * rows * schedule.tokens * width * dtype.itemsize,
         # The MLP holds its hidden layer twice beside x, its normalised and its modulated form; sampling holds the logits twice.
-        drawing=max(rows * last * (2 * hidden + 3 * transformer.width) * dtype.itemsize, 2 * batch * last * transformer.codebook_size * 4),
+        drawing=max(rows * last * (2 * hidden + 3 * width) * dtype.itemsize, 2 * batch * last * transformer.codebook_size * 4),
         decoding=decoding,
     )
-    return Plan(transformer, tokenizer, schedule, batch, guided, dtype, transformer_parameters, tokenizer_parameters, flops, memory)
+    return Plan(transformer, tokenizer, schedule, batch, guided, dtype, *parameters, flops, memory)
 
 
-def _scale_flops(config: TransformerConfig, schedule: Schedule, batch: int, rows: int) -> tuple[ScaleFlops, ...]:
+def _scale_flops(config: TransformerConfig, at: slice, batch: int, rows: int) -> ScaleFlops:
     """2 FLOPs for each row, token and weight; attention multiplies every query with every key and every score with every value."""
-    depth, width = config.depth, config.width
-    hidden = round(width * config.mlp_ratio)
-    scales = []
-    for size, tokens, at in zip(schedule, schedule.counts, schedule.slices, strict=True):
-        scales.append(
-            ScaleFlops(
-                size=size,
-                seen=at.stop,
-                projections=2 * rows * tokens * depth * 4 * width**2,
-                attention=4 * rows * tokens * depth * at.stop * width,
-                mlp=2 * rows * tokens * depth * 2 * width * hidden,
-                head=2 * batch * tokens * width * config.codebook_size,
-            )
-        )
-    return tuple(scales)
+    width, tokens = config.width, at.stop - at.start
+    through_blocks = 2 * rows * tokens * config.depth
+    return ScaleFlops(
+        seen=at.stop,
+        projections=through_blocks * 4 * width**2,
+        attention=through_blocks * 2 * at.stop * width,
+        mlp=through_blocks * 2 * width * round(width * config.mlp_ratio),
+        head=2 * batch * tokens * width * config.codebook_size,
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -215,6 +204,7 @@ def _parameters(network: Callable[[Any], nn.Module], config: TransformerConfig |
         return sum(parameter.numel() for parameter in network(config).parameters())
 
 
+@functools.lru_cache(maxsize=8)
 def _decoding(config: TokenizerConfig, size: Size, batch: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """FLOPs of the decoder's convolutions and of its attention, and the most bytes that its maps take at the same time."""
     with torch.device("meta"), torch.no_grad():
@@ -255,7 +245,5 @@ def _storages(tree: Any) -> set[torch.UntypedStorage]:
 
 def _flop(count: float) -> str:
     """A count in the unit that suits it, three digits behind the point."""
-    for unit, name in ((1e12, "T"), (1e9, "G")):
-        if count >= unit:
-            return f"{count / unit:.3f} {name}"
-    return f"{count / 1e6:.3f} M"
+    unit, name = (1e12, "T") if count >= 1e12 else (1e9, "G") if count >= 1e9 else (1e6, "M")
+    return f"{count / unit:.3f} {name}"

@@ -22,18 +22,18 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str]] | None = None, gap: int = 8) -> Image.Image:
-    """Rows of pictures of any sizes on white, each under its caption's line where there is one."""
-    line = CAPTION + 6 if captions else 0
-    heights = [max(picture.height for picture in row) + line for row in rows]
+    """Rows of pictures of any sizes on white, a line of captions above each row that has some."""
+    above_rows: Sequence[Sequence[str]] = captions or [()] * len(rows)
+    lines = [CAPTION + 6 if above else 0 for above in above_rows]
+    heights = [max(picture.height for picture in row) + line for row, line in zip(rows, lines, strict=True)]
     widths = [sum(picture.width + gap for picture in row) for row in rows]
     paper = Image.new("RGB", (max(widths) + gap, sum(height + gap for height in heights) + gap), PAPER)
     draw, font = ImageDraw.Draw(paper), ImageFont.load_default(CAPTION)
     y = gap
-    for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
+    for row, above, line, height in zip(rows, above_rows, lines, heights, strict=True):
         x = gap
-        for c, picture in enumerate(row):
-            if captions and c < len(captions[r]):
-                draw.text((x, y), captions[r][c], INK, font)
+        for picture, caption in zip(row, [*above, *[""] * len(row)], strict=False):
+            draw.text((x, y), caption, INK, font)
             paper.paste(picture, (x, y + line))
             x += picture.width + gap
         y += height + gap

@@ -1,0 +1,147 @@
+"""The cost of a generation, said beforehand, is what it turns out to be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flexvar.accounting import LiveBytes, Plan, plan
+from flexvar.generation import generate
+from flexvar.sampling import Guidance
+from flexvar.schedule import Schedule
+from flexvar.tokenizer import Tokenizer, TokenizerConfig
+from flexvar.transformer import Transformer, TransformerConfig
+
+PUBLISHED = {  # TFLOP a picture with guidance, d16, d20, d24 (PAPER.md 3.1)
+    "6": (0.37, 0.70, 1.19),
+    "9": (0.57, 1.08, 1.83),
+    "10": (0.61, 1.17, 1.98),
+    "13": (0.90, 1.71, 2.90),
+    "384-11": (1.19, 2.25, 3.80),
+    "512-12": (2.31, 4.28, 7.16),
+    "512-15": (2.66, 4.92, 8.21),
+}
+SCHEDULE = Schedule(((1, 1), (2, 3), (4, 5)))
+
+
+def released(depth: int, name: str, **settings: object) -> Plan:
+    return plan(TransformerConfig(depth=depth), TokenizerConfig(), Schedule.named(name), **settings)  # type: ignore[arg-type]
+
+
+def measured(tokenizer: Tokenizer, transformer: Transformer, batch: int, guided: bool) -> tuple[int, int]:
+    """FLOPs of drawing and of decoding, counted operation by operation; the count knows attention as products of matrices only."""
+    guidance = Guidance("constant", 2.0 if guided else 1.0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as drawing:
+        *_, last = generate(tokenizer, transformer, [0] * batch, SCHEDULE, guidance=guidance, seeds=range(batch))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decoding:
+        assert last.images.shape[0] == batch
+    return drawing.get_total_flops(), decoding.get_total_flops()
+
+
+@pytest.mark.parametrize(("batch", "guided"), [(1, True), (3, True), (2, False)])
+def test_agrees_with_what_torch_counts(small_tokenizer: Tokenizer, small_transformer: Transformer, batch: int, guided: bool) -> None:
+    flops = plan(small_transformer.config, small_tokenizer.config, SCHEDULE, batch=batch, guided=guided).flops
+    drawing, decoding = measured(small_tokenizer, small_transformer, batch, guided)
+    assert flops.transformer == pytest.approx(drawing, rel=0.01)
+    assert flops.decoder == pytest.approx(decoding, rel=0.01)
+
+
+def test_agrees_where_the_modulation_is_shared(small_tokenizer: Tokenizer) -> None:
+    config = TransformerConfig(depth=3, width=64, heads=2, mlp_ratio=2.5, classes=5, codebook_size=48, code_width=8, shared_modulation=True)
+    flops = plan(config, small_tokenizer.config, SCHEDULE).flops
+    assert flops.transformer == pytest.approx(measured(small_tokenizer, Transformer(config), 1, True)[0], rel=0.01)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_released_models_cost_what_is_published(name: str) -> None:
+    for depth, teraflop in zip((16, 20, 24), PUBLISHED[name], strict=True):
+        assert released(depth, name).flops.transformer_as_released / 1e12 == pytest.approx(teraflop, abs=0.0051)
+
+
+def test_folding_guidance_halves_the_head_and_nothing_else() -> None:
+    flops = released(24, "10").flops
+    assert flops.of("head") == 2 * 680 * 1536 * 8912
+    assert flops.transformer_as_released - flops.transformer == flops.of("head") + 9 * flops.modulation
+    alone = released(24, "10", guided=False).flops
+    assert alone.of("head") == flops.of("head")
+    assert 2 * alone.of("mlp") == flops.of("mlp")
+    assert alone.transformer_as_released - alone.transformer == 9 * alone.modulation
+
+
+@pytest.mark.parametrize(("name", "teraflop"), [("10", 0.25), ("384-11", 0.57), ("512-15", 1.02)])
+def test_the_released_decoder_costs_what_is_published(name: str, teraflop: float) -> None:
+    assert released(16, name).flops.decoder / 1e12 == pytest.approx(teraflop, abs=0.0051)
+
+
+def test_convolutions_and_attention_of_the_decoder_are_told_apart() -> None:
+    tokenizer = TokenizerConfig(channels=8, multipliers=(1, 2), blocks=1, z_channels=4, norm_groups=2, codebook_size=16, code_width=3)
+    flops = plan(TransformerConfig(depth=1, code_width=3, codebook_size=16), tokenizer, [(3, 5)], batch=2).flops
+    assert flops.decoder_attention == 2 * 3 * 4 * (3 * 5) ** 2 * 16  # 2 pictures, 1 attention in the middle and 2 at the coarsest level
+    blocks = 4 * 9 * 16 * 16 + 4 * 9 * 16 * 16 + 3 * 4 * 16 * 16  # in the middle, at the coarsest level, the attentions' 1x1 ones
+    coarse = 3 * 4 + 9 * 4 * 16 + blocks
+    fine = 9 * 16 * 16 + (9 * 16 * 8 + 9 * 8 * 8 + 16 * 8) + 2 * 9 * 8 * 8 + 9 * 8 * 3
+    assert flops.decoder_convolutions == 2 * 2 * 15 * (coarse + 4 * fine)
+
+
+def test_the_cache_of_the_released_models() -> None:
+    for name, mebibytes in (("10", 191), ("512-15", 713)):
+        assert released(24, name, dtype=torch.float16).memory.cache / 2**20 == pytest.approx(mebibytes, abs=0.5)
+
+
+def test_memory_and_parameters_are_those_of_the_real_thing(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    plan_ = plan(small_transformer.config, small_tokenizer.config, SCHEDULE, batch=2)
+    assert plan_.memory.cache == small_transformer.new_cache(4, SCHEDULE).nbytes
+    for network, parameters, size in (
+        (small_transformer, plan_.transformer_parameters, plan_.memory.transformer_weights),
+        (small_tokenizer, plan_.tokenizer_parameters, plan_.memory.tokenizer_weights),
+    ):
+        assert parameters == sum(p.numel() for p in network.parameters())
+        assert size == sum(p.nbytes for p in network.parameters())
+    with LiveBytes() as live, torch.no_grad():
+        small_tokenizer.decode_vectors(torch.zeros(2, small_tokenizer.config.code_width, 4, 5))
+    assert plan_.memory.decoding == pytest.approx(live.most, rel=0.05)
+    assert plan_.memory.peak == plan_.memory.weights + plan_.memory.cache + max(plan_.memory.drawing, plan_.memory.decoding)
+
+
+def test_drawing_stays_within_the_estimate(small_tokenizer: Tokenizer) -> None:
+    config = TransformerConfig(depth=1, width=64, heads=1, classes=2, codebook_size=48, code_width=8)
+    schedule = Schedule.square([1, 16])
+    memory = plan(config, small_tokenizer.config, schedule, batch=2).memory
+    with LiveBytes() as live:
+        *_, _last = generate(small_tokenizer, Transformer(config), [0, 1], schedule, seeds=[0, 1])
+    assert 0.8 * (memory.drawing + memory.cache) < live.most < 1.25 * (memory.drawing + memory.cache)
+
+
+def test_bytes_are_followed() -> None:
+    with LiveBytes() as live:
+        kept = torch.zeros(100)  # 400 bytes
+        _view = kept[:50]
+        del kept
+        assert live.now == 400
+        del _view
+        assert live.now == 0
+        torch.ones(50)
+    assert (live.now, live.most) == (0, 400)
+
+
+def test_half_precision_halves_the_memory_and_leaves_the_work() -> None:
+    full, half = released(16, "10", batch=2), released(16, "10", batch=2, dtype=torch.bfloat16)
+    assert full.flops == half.flops
+    for part in ("transformer_weights", "tokenizer_weights", "cache"):
+        assert getattr(full.memory, part) == 2 * getattr(half.memory, part)
+    assert full.memory.decoding == pytest.approx(2 * half.memory.decoding, rel=0.01)
+
+
+def test_the_table_names_every_part_and_adds_up() -> None:
+    text = str(released(16, "10", batch=8, dtype=torch.bfloat16))
+    assert text.splitlines()[1] == "8 x 256 x 256 px, guided, bfloat16: 680 tokens in 10 scales"
+    for words in ("315.6 M parameters", "16x16      256      680", "decoder convolutions", "keys and values", "850.738 G a picture"):
+        assert words in text
+    assert all(line.isascii() and len(line) < 100 for line in text.splitlines())
+
+
+def test_an_empty_batch_is_an_error() -> None:
+    with pytest.raises(ValueError, match="give 1 or more"):
+        released(16, "10", batch=0)

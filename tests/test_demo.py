@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from examples import bundle, demo
+from PIL import Image
+
+from flexvar import zoo
+from flexvar.checkpoint import load
+
+SHEETS = ("classes.png", "sizes.png", "steps.png", "scales.png")
+
+
+@pytest.mark.slow
+def test_demo_draws_four_sheets_and_says_where(tmp_path: Path, monkeypatch, capsys) -> None:
+    for _ in range(2):  # works again when run twice
+        monkeypatch.setattr(sys, "argv", ["demo", str(tmp_path / "demo")])
+        demo.main()
+    printed = capsys.readouterr().out
+    for name in SHEETS:
+        assert str(tmp_path / "demo" / name) in printed
+        pixels = np.asarray(Image.open(tmp_path / "demo" / name))
+        assert pixels.std() > 10, name
+
+
+def test_the_bundled_model_keeps_its_promises() -> None:
+    folder = zoo.bundled_folder("emoji")
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    assert sum(sizes) <= 24 * 2**20
+    assert max(sizes) <= 16 * 2**20
+    model = load(folder)
+    assert len(model.class_names) >= 40
+    assert {"about", "data", "licence", "machine", "tokenizer", "transformer"} <= model.provenance.keys()
+
+
+def test_bundling_halves_the_weights(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["bundle", str(zoo.bundled_folder("emoji")), str(tmp_path / "out")])
+    bundle.main()
+    again, model = load(tmp_path / "out"), load(zoo.bundled_folder("emoji"))
+    assert again.class_names == model.class_names
+    for name in ("tokenizer.safetensors", "transformer.safetensors"):
+        assert (tmp_path / "out" / name).stat().st_size == (zoo.bundled_folder("emoji") / name).stat().st_size
