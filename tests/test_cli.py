@@ -34,6 +34,8 @@ def test_sample(model: str, tmp_path: Path, capsys) -> None:
     assert picture.text["class"] == "cat face"
     assert picture.text["seed"] == "9"
     assert picture.text["schedule"].endswith("2x6")
+    assert picture.text["guidance"] == "Guidance(kind='ramp', scale=2.0, split=False)"
+    assert "top_p=0.95" in picture.text["sampling"]
     same = FlexVARPipeline.from_pretrained(model)("cat face", height=8, width=24, seed=9).images[0]
     assert np.array_equal(np.asarray(picture), np.asarray(same))
 
@@ -49,7 +51,7 @@ def test_nothing_is_overwritten_unasked(model: str, tmp_path: Path, capsys) -> N
 
 
 def test_no_class_is_unconditional_and_schedules_are_read(model: str, tmp_path: Path) -> None:
-    assert main(["sample", "--model", model, "--schedule", "1x1,2x3", "--greedy", "1,2x3", "--out", str(tmp_path)]) == 0
+    assert main(["sample", "--model", model, "--schedule", "1x1,2x3", "--greedy", "7,2x3,1", "--out", str(tmp_path)]) == 0
     assert Image.open(tmp_path / "unconditional-seed0.png").size == (12, 8)
 
 
@@ -66,6 +68,7 @@ def test_no_class_is_unconditional_and_schedules_are_read(model: str, tmp_path: 
         (["pizza", "--count", "0"], "--count is 0"),
         (["pizza", "--temperature", "0"], "temperature"),
         (["pizza", "--out", "{file}"], "is a file"),
+        (["pizza", "--schedule", "1,99999"], "not enough memory"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(model: str, words: list[str], complaint: str, tmp_path: Path, capsys) -> None:
@@ -88,6 +91,12 @@ def test_info(model: str, capsys) -> None:
     out = capsys.readouterr().out
     assert "cat face" in out
     assert "tokenizer:" in out
+
+
+def test_info_of_a_tokenizer_alone(small_tokenizer: Tokenizer, tmp_path: Path, capsys) -> None:
+    save(Model(small_tokenizer), tmp_path / "tokenizer")
+    assert main(["info", str(tmp_path / "tokenizer")]) == 0
+    assert "transformer: none yet" in capsys.readouterr().out
 
 
 def test_data_shapes(tmp_path: Path, capsys) -> None:

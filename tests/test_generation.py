@@ -117,7 +117,7 @@ def test_kept_codes_stay_and_steer(small_tokenizer: Tokenizer, small_transformer
     assert not torch.equal(steps[3].codes[left[3]], given_codes[3][left[3]])
     everything = list(generate(small_tokenizer, small_transformer, [1, 2], SCHEDULE, seeds=[1, 2], keep=Keep(given_codes)))
     assert all(torch.equal(step.codes, kept.expand(2, -1, -1)) for step, kept in zip(everything, given_codes, strict=True))
-    with pytest.raises(ValueError, match="kept codes of scale 1"):
+    with pytest.raises(ValueError, match="kept codes of scale 1 has shape"):
         list(generate(small_tokenizer, small_transformer, [1], SCHEDULE, keep=Keep([given_codes[0], given_codes[0]])))
 
 
@@ -145,3 +145,19 @@ def test_half_precision_runs(small_tokenizer: Tokenizer, small_transformer: Tran
     *_, last = generate(tokenizer, transformer, [0, 1], SCHEDULE, seeds=[1, 2])
     assert last.images.dtype == torch.bfloat16
     assert torch.isfinite(last.images.float()).all()
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (Keep([torch.zeros(3, 1, 1, dtype=torch.int64)]), "shape"),
+        (Keep([torch.zeros(1, 1, 1)]), "integers from 0 to 47"),
+        (Keep([torch.full((1, 1, 1), 48)]), "integers from 0 to 47"),
+        (Keep([torch.zeros(1, 1, 1, dtype=torch.int64)], [torch.ones(1, 2, 2)]), "the kept map of scale 0"),
+        (Keep([torch.zeros(1, 1, 1, dtype=torch.int64)] * 5), "5 scales are to be kept, but the schedule draws 4"),
+        (Keep([torch.zeros(1, 1, 1, dtype=torch.int64)], upto=-1), "to be kept"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_at_once(small_tokenizer: Tokenizer, small_transformer: Transformer, keep: Keep, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        generate(small_tokenizer, small_transformer, [0, 1], SCHEDULE, keep=keep)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -96,6 +97,14 @@ def test_unknown_labels(pipe: FlexVARPipeline, label, words: str) -> None:
         ({"top_p": 2.0}, "top_p"),
         ({"temperature": -1.0}, "temperature"),
         ({"guidance": "linear"}, "kind"),
+        ({"guidance_scale": float("nan")}, "finite"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"height": 0, "width": 16}, "height 0 is not a multiple"),
+        ({"height": 16.5}, "a side is 16.5; give an integer"),
+        ({"seed": 1.5}, "give an integer|not iterable"),
+        ({"seed": 2**64}, "too large"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"schedule": [(1.9, 1.9)]}, "is not a list of scales"),
     ],
 )
 def test_bad_settings(pipe: FlexVARPipeline, settings: dict, words: str) -> None:
@@ -182,3 +191,30 @@ def test_reconstruct(pipe: FlexVARPipeline) -> None:
 def test_a_tokenizer_alone_is_no_pipeline(small_tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="no transformer yet"):
         FlexVARPipeline(Model(small_tokenizer))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(pipe: FlexVARPipeline) -> None:
+    plain = pipe([1, 2], seed=[3, 4], schedule=[1, 4], output_type="pt").images
+    for labels, seeds, schedule in (
+        (np.array([1, 2]), np.array([3, 4]), np.array([1, 4])),
+        (torch.tensor([1, 2]), torch.tensor([3, 4]), [np.int64(1), (4, np.int32(4))]),
+        ([np.int64(1), torch.tensor(2)], np.int64(3), "1,4"),
+    ):
+        assert torch.equal(pipe(labels, seed=seeds, schedule=schedule, output_type="pt").images, plain)
+    assert pipe(np.int64(1), seed=3, schedule=[1, 4], output_type="pt").images.shape[0] == 1
+    assert Sampling(greedy=[np.int64(2), (3, 4)]).greedy == ((2, 2), (3, 4))  # type: ignore[arg-type]
+
+
+def test_a_turned_photograph_is_reconstructed_upright(pipe: FlexVARPipeline, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 24), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert pipe.reconstruct(Image.open(tmp_path / "turned.jpg")).images[0].size == (24, 40)
+    with pytest.raises(ValueError, match="the image is a str; give a PIL picture"):
+        pipe.reconstruct("turned.jpg")  # type: ignore[arg-type]
+
+
+def test_to_takes_a_dtype_alone(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    model = Model(copy.deepcopy(small_tokenizer), copy.deepcopy(small_transformer), NAMES)
+    half = FlexVARPipeline(model).to("cpu", torch.bfloat16).to(torch.bfloat16)
+    assert half.transformer.head.weight.dtype == torch.bfloat16

@@ -20,7 +20,8 @@ from flexvar.data import Shapes
 from flexvar.training.config import OptimiserConfig, TokenizerRun, TransformerRun, read_config
 from flexvar.training.loop import learning_rate, parameter_groups
 from flexvar.training.order import Steps, picture_at, position_random, step_random
-from flexvar.training.tokenizer import random_scales
+from flexvar.training.start import examples
+from flexvar.training.tokenizer import TokenizerWorkshop, random_scales
 
 TOKENIZER = """
 run: {run}
@@ -280,7 +281,9 @@ def test_folder_of_pictures_with_a_corrupt_one(tmp_path: Path, capsys) -> None:
     broken.write_bytes(b"not a picture")
     words = ["data.kind=folder", f"data.path={tmp_path / 'shapes'}", "batch=8"]
     assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), *words]) == 0
-    assert broken.name in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert broken.name in said.err
+    assert f"1 pictures could not be read and were skipped: {broken.name}" in said.out
 
 
 def test_shipped_configs_are_read() -> None:
@@ -289,3 +292,47 @@ def test_shipped_configs_are_read() -> None:
     assert found
     for path in found:
         read_config(TokenizerRun if path.stem.startswith("tokenizer") else TransformerRun, path)
+
+
+def test_used_codes_stay_and_unused_ones_start_anew(tmp_path: Path) -> None:
+    config = read_config(TokenizerRun, tokenizer_config(tmp_path, steps=100), ["restart_every=2", "model.codebook_size=64"])
+    torch.manual_seed(0)
+    source = Shapes(views=3)
+    workshop = TokenizerWorkshop(config, examples(source, config))
+    optimiser = torch.optim.AdamW(workshop.parameters())
+    loss, _ = workshop(Steps(source, 0, 8, config.sizes)[0])
+    loss.backward()
+    optimiser.step()
+    codebook = workshop.tokenizer.quantizer.codebook
+    before, used = codebook.detach().clone(), workshop.used > 0
+    assert used.any()
+    assert not used.all()
+    workshop.after_step(1, optimiser)
+    assert torch.equal(codebook, before)
+    workshop.after_step(2, optimiser)
+    assert torch.equal(codebook[used], before[used])
+    assert not (codebook[~used] == before[~used]).all(1).any()
+    assert (optimiser.state[codebook]["exp_avg"][~used] == 0).all()
+    assert workshop.used.sum() == 0
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint_whole(tmp_path: Path, capsys) -> None:
+    config = str(tokenizer_config(tmp_path, steps=40))
+    assert main(["train", "tokenizer", config, "steps=2"]) == 0
+    assert main(["train", "tokenizer", config, "report_every=20", "optimiser.learning_rate=1e30", "optimiser.warm_up=0"]) == 2
+    assert "the loss is nan" in capsys.readouterr().err
+    assert all(tensor.isfinite().all() for tensor in load(tmp_path / "tokenizer" / "model").tokenizer.state_dict().values())
+
+
+def test_a_half_written_log_and_new_optimiser_settings(trained_tokenizer: Path, tmp_path: Path, capsys) -> None:
+    config = str(tokenizer_config(tmp_path))
+    assert main(["train", "tokenizer", config]) == 0
+    with (tmp_path / "tokenizer" / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "lo')
+    assert main(["train", "tokenizer", config, "steps=6", "optimiser.weight_decay=0.5"]) == 0
+    assert [report["step"] for report in reports(tmp_path / "tokenizer")] == [1, 2, 3, 4, 5, 6]
+    groups = torch.load(tmp_path / "tokenizer" / "state.pt", weights_only=True)["optimiser"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    (tmp_path / "tokenizer" / "state.pt").write_bytes(b"cut off")
+    assert main(["train", "tokenizer", config, "steps=8"]) == 2
+    assert "state.pt is damaged" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ Words = argparse.Namespace
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit status: 0, 2 for a mistake that one line on stderr explains, 130 when interrupted."""
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # large pages on Linux, which torch asks for when it first allocates: faster decoding
     words = parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"flexvar: {message}", file=sys.stderr)
@@ -28,6 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             words.run(words)
         except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
             print(f"flexvar: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in str(error).lower():
+                raise
+            print(
+                "flexvar: there is not enough memory for this; take smaller pictures or a smaller batch (see `flexvar plan`)",
+                file=sys.stderr,
+            )
             return 2
         except KeyboardInterrupt:
             print("flexvar: interrupted; nothing is half-written", file=sys.stderr)
@@ -116,8 +128,9 @@ def parser() -> argparse.ArgumentParser:
         "Say what drawing costs before it runs: tokens, memory, FLOPs.",
         "plan --depth 24 --height 512 --width 512 --batch 8",
     )
-    plan.add_argument("--depth", type=int, help="of a released model (default: 16)")
-    plan.add_argument("--model", help="instead of a depth: a model's name or folder")
+    which = plan.add_mutually_exclusive_group()
+    which.add_argument("--depth", type=int, default=16, help="of a released model (default: 16)")
+    which.add_argument("--model", help="instead of a depth: a model's name or folder")
     plan.add_argument("--height", type=int, default=256, help="pixels (default: 256)")
     plan.add_argument("--width", type=int, default=256, help="pixels (default: 256)")
     plan.add_argument("--steps", type=int, default=10, help="scales (default: 10)")
@@ -144,14 +157,15 @@ def run_sample(words: Words) -> None:
 
     from flexvar.pipeline import FlexVARPipeline
     from flexvar.progress import progress
-    from flexvar.schedule import Schedule
+    from flexvar.schedule import Schedule, parse_sizes
     from flexvar.sheet import in_rows, sheet
 
     pipe = FlexVARPipeline.from_pretrained(words.model)
     for name in ("count", "batch"):
         if getattr(words, name) < 1:
             raise ValueError(f"--{name} is {getattr(words, name)}; it must be at least 1")
-    labels = [label for label in pipe.labels_of(words.classes or None) for _ in range(words.count)]
+    asked = [word for word in words.classes or [None] for _ in range(words.count)]
+    labels = pipe.labels_of(asked)
     seeds = [words.seed + i for i in range(len(labels))]
     stems = [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
     endings = [".png", *(["-strip.png"] if words.strip else [])]
@@ -168,22 +182,22 @@ def run_sample(words: Words) -> None:
         "top_k": words.top_k,
         "top_p": words.top_p,
         "temperature": words.temperature,
-        "greedy": words.greedy if words.greedy in (None, "none", "official") else Schedule.parse(words.greedy).sizes,
+        "greedy": words.greedy if words.greedy in (None, "none", "official") else parse_sizes(words.greedy),
     }
+    guidance, sampling = pipe.guidance_of(**settings), pipe.sampling_of(**settings)
     device = _device(words.device)
     dtype = getattr(torch, words.dtype) if words.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe.to(device, dtype)
     pictures: list[Image.Image] = []
     for start in progress(range(0, len(labels), words.batch), "drawing"):
         part = slice(start, start + words.batch)
-        drawing = pipe.stream(labels[part], seed=seeds[part], **settings)  # complains of wrong settings at once
+        drawing = pipe.stream(asked[part], seed=seeds[part], **settings)  # complains of wrong settings at once
         _make_folder(words.out)
         steps = list(drawing)
         for i, picture in enumerate(_painted(steps[-1])):
             stem, seed = stems[start + i], seeds[start + i]
-            facts = {"model": str(words.model), "class": pipe.class_name(labels[start + i]), "seed": seed}
-            facts |= {"schedule": str(Schedule(tuple(step.size for step in steps)))}
-            facts |= {name: value for name, value in settings.items() if value is not None and name != "schedule"}
+            facts = {"model": words.model, "class": pipe.class_name(labels[start + i]), "seed": seed, "dtype": str(dtype)}
+            facts |= {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
             _save_picture(picture, words.out / f"{stem}.png", facts)
             pictures.append(picture)
         if words.strip:
@@ -235,18 +249,22 @@ def run_data(words: Words) -> None:
 
 
 def run_info(words: Words) -> None:
-    from flexvar.pipeline import FlexVARPipeline
+    from flexvar.checkpoint import load
+    from flexvar.pipeline import model_folder
 
-    pipe = FlexVARPipeline.from_pretrained(words.model)
-    for name, network in (("tokenizer", pipe.tokenizer), ("transformer", pipe.transformer)):
+    model = load(model_folder(words.model))
+    for name, network in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
+        if network is None:
+            print(f"{name}: none yet")
+            continue
         millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         print(f"{name}: {millions:.2f} M parameters")
         print(f"  {network.config}")
-    print(f"defaults: {pipe.defaults}")
+    print(f"defaults: {model.defaults}")
     print("provenance:")
-    for line in json.dumps(dict(pipe.model.provenance), indent=2, ensure_ascii=False).splitlines()[1:-1]:
+    for line in json.dumps(dict(model.provenance), indent=2, ensure_ascii=False).splitlines()[1:-1]:
         print(line)
-    print(f"classes ({len(pipe.class_names)}): {', '.join(pipe.class_names)}")
+    print(f"classes ({len(model.class_names)}): {', '.join(model.class_names)}")
 
 
 def run_plan(words: Words) -> None:
@@ -259,9 +277,7 @@ def run_plan(words: Words) -> None:
     from flexvar.tokenizer import TokenizerConfig
     from flexvar.transformer import TransformerConfig
 
-    if words.model and words.depth:
-        raise ValueError("give --model or --depth, not both")
-    tokenizer, transformer = TokenizerConfig(), TransformerConfig(depth=words.depth or 16)
+    tokenizer, transformer = TokenizerConfig(), TransformerConfig(depth=words.depth)
     if words.model:
         tokenizer, transformer = load_configs(model_folder(words.model))
     schedule = (
@@ -283,8 +299,8 @@ def _device(name: str | None) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"there is no device {name!r} here; give cpu, or leave --device out") from error
     return device
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 
 import torch
 from torch import Tensor
@@ -43,19 +44,32 @@ class Keep:
     where: Sequence[Tensor] | None = None
     upto: int | None = None
 
-    def apply(self, index: int, drawn: Tensor) -> Tensor:
-        """The codes (B, h, w) of scale `index`: the kept ones in their places, the drawn ones elsewhere."""
-        if index >= (len(self.codes) if self.upto is None else min(self.upto, len(self.codes))):
+    def __len__(self) -> int:
+        """How many scales are kept, wholly or in part."""
+        return len(self.codes) if self.upto is None else max(0, min(self.upto, len(self.codes)))
+
+    def check(self, schedule: Schedule, pictures: int, codebook_size: int) -> None:
+        """Raises ValueError, naming the scale, where the kept codes do not fit a drawing of so many pictures."""
+        if len(self) > len(schedule) or (self.upto or 0) < 0 or (self.where is not None and len(self.where) < len(self)):
+            raise ValueError(
+                f"{len(self)} scales are to be kept, but the schedule draws {len(schedule)}; give codes, and maps if any, for each"
+            )
+        for k in range(len(self)):
+            for name, tensor in (("codes", self.codes[k]), *([("map", self.where[k])] if self.where is not None else [])):
+                if tensor.ndim != 3 or tuple(tensor.shape[1:]) != schedule[k] or tensor.shape[0] not in (1, pictures):
+                    expected = f"({pictures} or 1, {schedule[k][0]}, {schedule[k][1]})"
+                    raise ValueError(f"the kept {name} of scale {k} has shape {tuple(tensor.shape)} instead of {expected}")
+            if self.codes[k].is_floating_point() or self.codes[k].min() < 0 or self.codes[k].max() >= codebook_size:
+                raise ValueError(f"the kept codes of scale {k} must be integers from 0 to {codebook_size - 1}")
+
+    def apply(self, scale: int, drawn: Tensor) -> Tensor:
+        """The codes (B, h, w) of a scale: the kept ones in their places, the drawn ones elsewhere."""
+        if scale >= len(self):
             return drawn
-        kept = self.codes[index].to(drawn.device)
-        if kept.shape[1:] != drawn.shape[1:]:
-            raise ValueError(f"kept codes of scale {index} are {tuple(kept.shape[1:])}, but the schedule draws {tuple(drawn.shape[1:])}")
-        if self.where is None:
-            return kept.expand_as(drawn)
-        return torch.where(self.where[index].to(drawn.device), kept, drawn)
+        kept = self.codes[scale].to(drawn).expand_as(drawn)
+        return kept if self.where is None else torch.where(self.where[scale].to(drawn.device, torch.bool), kept, drawn)
 
 
-@torch.no_grad()
 def generate(
     tokenizer: Tokenizer,
     transformer: Transformer,
@@ -71,32 +85,48 @@ def generate(
 
     labels: (B,), class indices; the null class draws without a label. guidance, sampling: the released evaluation's by default.
     seeds: one a picture; picture i depends on its own seed, label and settings alone. None draws them.
-    Raises ValueError for a label out of range or seeds of another number than labels.
+    Raises ValueError at once, before anything is drawn, for a label out of range, seeds of another number than labels, or a `keep` that
+    does not fit the schedule.
     """
     schedule, guidance, sampling = Schedule.of(schedule), guidance or Guidance(), sampling or Sampling()
     config, device = transformer.config, transformer.head.weight.device
-    labels = torch.as_tensor(labels, dtype=torch.int64)
-    if len(labels) == 0 or labels.min() < 0 or labels.max() > config.null_class:
+    labels = torch.as_tensor(labels)
+    if labels.ndim != 1 or not len(labels) or labels.is_floating_point() or labels.min() < 0 or labels.max() > config.null_class:
         raise ValueError(f"labels must be one or more integers from 0 to {config.null_class}, the last one meaning no class")
-    seeds = torch.randint(2**62, (len(labels),)).tolist() if seeds is None else seeds
+    seeds = torch.randint(2**62, (len(labels),)).tolist() if seeds is None else [index(seed) for seed in seeds]
     if len(seeds) != len(labels):
         raise ValueError(f"{len(seeds)} seeds were given for {len(labels)} pictures; give one a picture")
-
+    if keep is not None:
+        keep.check(schedule, len(labels), config.codebook_size)
     numbers = uniform_numbers(seeds, schedule.tokens).to(device)  # (B, L)
-    weights = guidance.weights(schedule, config.trained_grid)
-    greedy = sampling.greedy_scales(schedule, config.trained_grid)
+    return _draw(tokenizer, transformer, labels.to(device, torch.int64), schedule, guidance, sampling, keep, numbers)
+
+
+@torch.no_grad()
+def _draw(
+    tokenizer: Tokenizer,
+    transformer: Transformer,
+    labels: Tensor,
+    schedule: Schedule,
+    guidance: Guidance,
+    sampling: Sampling,
+    keep: Keep | None,
+    numbers: Tensor,
+) -> Iterator[Step]:
+    """The loop itself: labels (B,), uniform numbers (B, L)."""
+    weights = guidance.weights(schedule, transformer.config.trained_grid)
+    greedy = sampling.greedy_scales(schedule, transformer.config.trained_grid)
     guided = any(weight != 1 for weight in weights)
 
     # Each half is a batch that goes through the network at once: pictures with their class, and the same ones without it.
-    labels = labels.to(device)
-    unlabelled = torch.full_like(labels, config.null_class)
+    unlabelled = torch.full_like(labels, transformer.config.null_class)
     halves = [labels] if not guided else [labels, unlabelled] if guidance.split else [torch.cat((labels, unlabelled))]
     conditions = [transformer.condition(half) for half in halves]
     caches = [transformer.new_cache(len(half), schedule) for half in halves]
 
     codes = torch.empty(0)
-    for index, (size, at) in enumerate(zip(schedule, schedule.slices, strict=True)):
-        if index == 0:
+    for k, (size, at) in enumerate(zip(schedule, schedule.slices, strict=True)):
+        if k == 0:
             embedded = [transformer.begin(condition, size) for condition in conditions]
         else:
             scale = transformer.embed(tokenizer.lift(codes, size).flatten(2).mT, size)  # (B, n, D)
@@ -105,9 +135,9 @@ def generate(
         if guided:
             # The head is linear and the weights sum to 1, so guiding what it reads is guiding its logits, at half the work.
             with_class, without = read.float().chunk(2)
-            read = torch.lerp(without, with_class, weights[index]).to(read.dtype)  # (B, n, D)
+            read = torch.lerp(without, with_class, weights[k]).to(read.dtype)  # (B, n, D)
         logits = transformer.head(read).float()  # (B, n, V)
-        codes = choose(logits, numbers[:, at], sampling, greedy[index]).unflatten(1, size)  # (B, h, w)
+        codes = choose(logits, numbers[:, at], sampling, greedy[k]).unflatten(1, size)  # (B, h, w)
         if keep is not None:
-            codes = keep.apply(index, codes)
-        yield Step(index, size, codes, tokenizer)
+            codes = keep.apply(k, codes)
+        yield Step(k, size, codes, tokenizer)

@@ -6,6 +6,7 @@ import difflib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -107,10 +108,10 @@ class FlexVARPipeline:
             self.save_pretrained(folder)
             return str(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder))
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> FlexVARPipeline:
-        """Moves both networks to a device, a dtype, or both."""
+    def to(self, *device_or_dtype: str | torch.device | torch.dtype) -> FlexVARPipeline:
+        """Moves both networks to a device, a dtype, or both: pipe.to("cuda", torch.bfloat16)."""
         for network in (self.tokenizer, self.transformer):
-            network.to(device=device, dtype=dtype)
+            network.to(*device_or_dtype)  # type: ignore[call-overload]
         return self
 
     # -- drawing --
@@ -129,14 +130,16 @@ class FlexVARPipeline:
         batch_size: pictures drawn at the same time, all by default; it changes memory and speed, not the pictures.
         output_type: "pil", "np" or "pt". The other keywords are those of `stream`.
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type is {output_type!r}; give 'pil', 'np' or 'pt'")
-        labels = self.labels_of(class_labels)
-        seeds = seeds_of(settings.pop("seed", None), len(labels))
+        _check_output_type(output_type)
+        listed = _listed(class_labels)
+        labels, seeds = self.labels_of(listed), seeds_of(settings.pop("seed", None), len(listed))
+        at_once = len(listed) if batch_size is None else batch_size
+        if at_once < 1:
+            raise ValueError(f"batch_size is {at_once}; draw at least 1 picture at a time")
         drawn = []
-        for start in range(0, len(labels), batch_size or len(labels)):
-            part = slice(start, start + (batch_size or len(labels)))
-            *_, last = self.stream(labels[part], seed=seeds[part], **settings)
+        for start in range(0, len(listed), at_once):
+            part = slice(start, start + at_once)
+            *_, last = self.stream(listed[part], seed=seeds[part], **settings)
             drawn.append(last.images.float().cpu())
         return FlexVAROutput(_as(torch.cat(drawn), output_type), labels, seeds)
 
@@ -173,8 +176,8 @@ class FlexVARPipeline:
             self.transformer,
             labels,
             self.schedule_of(height, width, num_inference_steps, schedule),
-            guidance=_replaced(self.defaults.guidance, kind=guidance, scale=guidance_scale, split=split_guidance),
-            sampling=_replaced(self.defaults.sampling, top_k=top_k, top_p=top_p, temperature=temperature, greedy=greedy),
+            guidance=self.guidance_of(guidance, guidance_scale, split_guidance),
+            sampling=self.sampling_of(top_k, top_p, temperature, greedy),
             seeds=seeds_of(seed, len(labels)),
         )
 
@@ -186,11 +189,15 @@ class FlexVARPipeline:
 
         By default the largest size within the picture's own that the tokenizer takes.
         """
-        f = self.tokenizer.config.downsample
-        height, width = height or max(f, image.height // f * f), width or max(f, image.width // f * f)
+        _check_output_type(output_type)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"the image is a {type(image).__name__}; give a PIL picture, for example from PIL.Image.open")
+        image, f = upright_rgb(image), self.tokenizer.config.downsample
+        height = max(f, image.height // f * f) if height is None else height
+        width = max(f, image.width // f * f) if width is None else width
         grid = grid_of(height, width, f)
         weight = self.tokenizer.after_codes.weight
-        pixels = torch.from_numpy(np.array(fitted(upright_rgb(image), (height, width)))).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.array(fitted(image, (height, width)))).permute(2, 0, 1)[None]
         (codes,) = self.tokenizer.codes(self.tokenizer.features(pixels.to(weight) / 127.5 - 1), [grid])
         return FlexVAROutput(_as(self.tokenizer.decode(codes).float().cpu(), output_type), [], [])
 
@@ -198,14 +205,15 @@ class FlexVARPipeline:
 
     def labels_of(self, class_labels: Label | Sequence[Label]) -> list[int]:
         """Class indices of names, indices or None. Raises ValueError with the closest names."""
-        listed = [class_labels] if class_labels is None or isinstance(class_labels, int | str) else list(class_labels)
-        return [self._label(label) for label in listed]
+        return [self._label(label) for label in _listed(class_labels)]
 
     def _label(self, label: Label) -> int:
         null_class = self.transformer.config.null_class
-        if label is None or label == UNCONDITIONAL:
+        if label is None or (isinstance(label, str) and label == UNCONDITIONAL):
             return null_class
         if isinstance(label, str):
+            if label in self.class_names:
+                return self.class_names.index(label)
             by_name = {name.casefold(): index for index, name in reversed(list(enumerate(self.class_names)))}
             if label.casefold() in by_name:
                 return by_name[label.casefold()]
@@ -214,13 +222,31 @@ class FlexVARPipeline:
                 names = [self.class_names[by_name[name]] for name in close]
                 hint = f"did you mean {' or '.join(map(repr, names))}?" if names else "`flexvar info` lists the classes"
                 raise ValueError(f"there is no class {label!r}; {hint}")
-        if not 0 <= int(label) <= null_class:
-            raise ValueError(f"there is no class {label}; indices go from 0 to {null_class - 1}, and {null_class} or None means no class")
-        return int(label)
+        number = int(label) if isinstance(label, str) else _integer(label, "a class label")
+        if not 0 <= number < null_class:
+            raise ValueError(f"there is no class {label}; indices go from 0 to {null_class - 1}, and None means no class")
+        return number
 
     def class_name(self, label: int) -> str:
         """The name of a class index."""
         return UNCONDITIONAL if label == self.transformer.config.null_class else self.class_names[label]
+
+    def guidance_of(
+        self, guidance: GuidanceKind | None = None, guidance_scale: float | None = None, split_guidance: bool | None = None, **_: Any
+    ) -> Guidance:
+        """The guidance that a call's keywords ask for, and the model's default where they do not."""
+        return _replaced(self.defaults.guidance, kind=guidance, scale=guidance_scale, split=split_guidance)
+
+    def sampling_of(
+        self,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        greedy: Greedy | None = None,
+        **_: Any,
+    ) -> Sampling:
+        """The sampling that a call's keywords ask for, and the model's default where they do not."""
+        return _replaced(self.defaults.sampling, top_k=top_k, top_p=top_p, temperature=temperature, greedy=greedy)
 
     def schedule_of(self, height: int | None, width: int | None, steps: int | None, schedule: ScheduleLike | None) -> Schedule:
         """The schedule that size and steps, or a list of scales, ask for."""
@@ -235,10 +261,10 @@ class FlexVARPipeline:
             return given
         if height is None and width is None:
             height, width = self.defaults.height, self.defaults.width
-        height, width = height or width or 0, width or height or 0
+        height, width = (_integer(side, "a side") for side in (width if height is None else height, height if width is None else width))
         if steps is None:
             return Schedule.for_grid(*grid_of(height, width, f), self.defaults.num_inference_steps, trained_grid)
-        return Schedule.for_size(height, width, steps, f, trained_grid)
+        return Schedule.for_size(height, width, _integer(steps, "num_inference_steps"), f, trained_grid)
 
 
 def model_folder(name: str | Path) -> Path:
@@ -260,14 +286,49 @@ def model_folder(name: str | Path) -> Path:
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed a picture: an integer s means s, s + 1, ... by position; None draws them."""
+    """One seed a picture: an integer s means s, s + 1, ... by position; None draws them. ValueError for another number or no integers."""
     if seed is None:
         return [int(number) for number in torch.randint(2**31, (count,))]
-    if isinstance(seed, int):
-        return [seed + i for i in range(count)]
-    if len(seed) != count:
-        raise ValueError(f"{len(seed)} seeds were given for {count} pictures; give one a picture, or a single integer")
-    return [int(number) for number in seed]
+    if _is_single(seed):
+        first = _integer(seed, "a seed")
+        seeds = [first + i for i in range(count)]
+    else:
+        seeds = [_integer(number, "a seed") for number in _items(seed)]
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds were given for {count} pictures; give one a picture, or a single integer")
+    if not all(-(2**63) <= number < 2**63 for number in seeds):
+        raise ValueError("a seed is too large; give integers of at most 63 bits")
+    return seeds
+
+
+def _listed(class_labels: Any) -> list[Any]:
+    """One label or several as a list; ValueError when there is none."""
+    listed = [class_labels] if _is_single(class_labels) else list(_items(class_labels))
+    if not listed:
+        raise ValueError("there are no class labels; give one or more, or None for pictures without a class")
+    return listed
+
+
+def _is_single(value: Any) -> bool:
+    """Whether this is one value, and no list, array or tensor of them."""
+    return isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0
+
+
+def _items(values: Any) -> Any:
+    """The items of a list, an array or a tensor, as Python's own numbers."""
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+
+
+def _integer(value: Any, what: str) -> int:
+    try:
+        return index(value)
+    except TypeError as error:
+        raise ValueError(f"{what} is {value!r}; give an integer") from error
+
+
+def _check_output_type(output_type: str) -> None:
+    if output_type not in ("pil", "np", "pt"):
+        raise ValueError(f"output_type is {output_type!r}; give 'pil', 'np' or 'pt'")
 
 
 def _replaced(defaults: S, **given: Any) -> S:

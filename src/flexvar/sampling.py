@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -34,6 +35,8 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.kind not in get_args(GuidanceKind):
             raise ValueError(f"no guidance is of kind {self.kind!r}; there are {', '.join(get_args(GuidanceKind))}")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"the guidance scale is {self.scale}; give a finite number, 1 (or 0 for the official ramp) switches it off")
 
     def weights(self, schedule: Iterable[Size], trained_grid: int = 16) -> tuple[float, ...]:
         """w at each scale; 1 means that the unconditional half does not count."""
@@ -65,10 +68,13 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; give 0 for all candidates or a number of them")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a probability from 0 to 1")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0 (top_k=1 always takes the most likely code)")
-        if isinstance(self.greedy, str) and self.greedy not in ("none", "official"):
-            raise ValueError(f"greedy is {self.greedy!r}; give 'none', 'official' or a list of scales")
+        if isinstance(self.greedy, str):
+            if self.greedy not in ("none", "official"):
+                raise ValueError(f"greedy is {self.greedy!r}; give 'none', 'official' or a list of scales")
+        else:
+            object.__setattr__(self, "greedy", tuple((s, s) if hasattr(s, "__index__") else tuple(s) for s in self.greedy))
 
     def greedy_scales(self, schedule: Iterable[Size], trained_grid: int = 16) -> tuple[bool, ...]:
         """For each scale, whether it is drawn with top-k 1."""
@@ -76,8 +82,7 @@ class Sampling:
             return tuple(False for _ in schedule)
         if self.greedy == "official":
             return tuple(h * w > trained_grid**2 or (h == w and h not in OFFICIAL_SAMPLED_SIDES) for h, w in schedule)
-        named = [(scale, scale) if isinstance(scale, int) else tuple(scale) for scale in self.greedy]
-        return tuple(size in named for size in schedule)
+        return tuple(size in self.greedy for size in schedule)
 
 
 def uniform_numbers(seeds: Sequence[int], tokens: int) -> Tensor:

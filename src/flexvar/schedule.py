@@ -12,10 +12,11 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Literal, TypeAlias
 
 Size: TypeAlias = tuple[int, int]
-ScheduleLike: TypeAlias = "Schedule | Sequence[int | Sequence[int]]"
+ScheduleLike: TypeAlias = "Schedule | str | Sequence[int | Sequence[int]]"
 RandomPolicy: TypeAlias = Literal["paper", "released"]
 
 ROWS: dict[int, tuple[int, ...]] = {
@@ -69,15 +70,15 @@ class Schedule:
 
     @classmethod
     def of(cls, schedule: ScheduleLike) -> Schedule:
-        """A Schedule as it is, or one from a list whose integers are square scales and whose pairs are (h, w)."""
+        """A Schedule as it is, one from a list whose integers are square scales and whose pairs are (h, w), or one from words (`parse`)."""
         if isinstance(schedule, Schedule):
             return schedule
-        return cls(sizes_of(schedule))
+        return cls.parse(schedule) if isinstance(schedule, str) else cls(sizes_of(schedule))
 
     @classmethod
     def square(cls, sides: Iterable[int]) -> Schedule:
         """Square scales with these sides."""
-        return cls(tuple((side, side) for side in sides))
+        return cls(sizes_of(list(sides)))
 
     @classmethod
     def named(cls, name: str) -> Schedule:
@@ -89,12 +90,7 @@ class Schedule:
     @classmethod
     def parse(cls, text: str) -> Schedule:
         """A schedule as people type it: "1,2,4" (square scales), "1x1,2x3,4x6" (h x w), or a published name."""
-        if text in NAMED:
-            return cls.named(text)
-        if not re.fullmatch(r"\d+(x\d+)?(,\d+(x\d+)?)*", text.replace(" ", "").lower()):
-            raise ValueError(f"{text!r} is not a schedule; write square scales as 1,2,4 or pairs as 1x1,2x3")
-        scales = [[int(side) for side in scale.split("x")] for scale in text.replace(" ", "").lower().split(",")]
-        return cls(tuple((scale[0], scale[-1]) for scale in scales))
+        return cls.named(text) if text in NAMED else cls(parse_sizes(text))
 
     @classmethod
     def for_grid(cls, h: int, w: int, steps: int = 10, trained_grid: int = FINEST) -> Schedule:
@@ -183,11 +179,21 @@ class Schedule:
 
 
 def sizes_of(scales: Sequence[int | Sequence[int]]) -> tuple[Size, ...]:
-    """Grids (h, w) from a list whose integers are square scales and whose pairs are (h, w)."""
-    pairs = [(scale, scale) if isinstance(scale, int) else tuple(scale) for scale in scales]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"{list(scales)!r} is not a list of scales; each is an integer or a pair (h, w)")
-    return tuple((int(h), int(w)) for h, w in pairs)
+    """Grids (h, w) from a list whose integers are square scales and whose pairs are (h, w); ValueError for anything else."""
+    try:
+        pairs = [(scale, scale) if hasattr(scale, "__index__") else tuple(scale) for scale in scales]
+        return tuple((index(h), index(w)) for h, w in pairs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{scales!r} is not a list of scales; each is an integer or a pair (h, w)") from error
+
+
+def parse_sizes(text: str) -> tuple[Size, ...]:
+    """Grids as people type them: "1,2,4" (square scales) or "1x1,2x3,4x6" (h x w)."""
+    plain = text.replace(" ", "").lower()
+    if not re.fullmatch(r"\d+(x\d+)?(,\d+(x\d+)?)*", plain):
+        raise ValueError(f"{text!r} is not a schedule; write square scales as 1,2,4 or pairs as 1x1,2x3")
+    scales = [[int(side) for side in scale.split("x")] for scale in plain.split(",")]
+    return tuple((scale[0], scale[-1]) for scale in scales)
 
 
 def grid_of(height: int, width: int, downsample: int) -> Size:
@@ -195,7 +201,7 @@ def grid_of(height: int, width: int, downsample: int) -> Size:
     for name, pixels in (("height", height), ("width", width)):
         if pixels < downsample or pixels % downsample:
             below, above = pixels // downsample * downsample, (pixels // downsample + 1) * downsample
-            nearest = f"{below} or {above}" if below >= downsample else str(above)
+            nearest = f"{below} or {above}" if below >= downsample else str(max(above, downsample))
             raise ValueError(f"{name} {pixels} is not a multiple of {downsample} px; the nearest {name} is {nearest}")
     return height // downsample, width // downsample
 

@@ -79,11 +79,10 @@ def write_pictures(
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / f"{number:04d}.png", partial(Image.fromarray(pixels).save, format="PNG"))
     licence = getattr(source, "licence", "see the source")
-    (out / "README.txt").write_text(
-        f"{classes * count_per_class} pictures of {size[0]} x {size[1]} px (height x width) in {classes} classes, "
-        f"{count_per_class} each.\n"
+    about = (
+        f"{classes * count_per_class} pictures of {size[0]} x {size[1]} px (height x width) in {classes} classes, {count_per_class} each.\n"
         f"Source: flexvar {type(source).__name__}, seed {seed}.\n"
-        f"Licence: {licence}\n",
-        encoding="utf-8",
+        f"Licence: {licence}\n"
     )
+    write_whole(out / "README.txt", lambda beside: beside.write_text(about, encoding="utf-8"))
     return classes * count_per_class

@@ -92,6 +92,8 @@ def processes(device: torch.device) -> Iterator[tuple[int, int]]:
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size()
@@ -141,6 +143,10 @@ class _Run:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        unreadable = getattr(self.data.source, "unreadable", [])
+        if unreadable:
+            names = ", ".join(path.name for path in unreadable[:3])
+            self._say(f"{len(unreadable)} pictures could not be read and were skipped: {names}{' ...' if len(unreadable) > 3 else ''}")
         if self.stopping:
             self._say(f"stopped at step {self.step} and saved; the same command goes on")
             raise KeyboardInterrupt
@@ -148,6 +154,7 @@ class _Run:
 
     def _run(self, batches: Iterator[Batch], bar: tqdm[Any]) -> None:
         config, began, pictures = self.config, time.perf_counter(), 0
+        rates: list[tuple[int, float]] = []  # pictures and seconds since the last report
         self.workshop.train()
         for batch in batches:
             loss, figures, norm, rate = self._one(batch.to(self.device))
@@ -155,20 +162,28 @@ class _Run:
             pictures += config.batch
             bar.update()
             last = self.step == config.steps or self._all_stopping()
-            if self.step % config.report_every == 0 or last:
+            reporting, saving = (last or self.step % every == 0 for every in (config.report_every, config.save_every))
+            if reporting or saving:
                 for figure in (loss, *figures.values()):
                     self._average_over_processes(figure)
                 if not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; lower the learning rate and start again")
+                    raise FloatingPointError(
+                        f"the loss is {loss.item()} at step {self.step}; lower the learning rate, the last checkpoint is whole"
+                    )
                 passed, began = time.perf_counter() - began, time.perf_counter()
                 self.seconds += passed
+                rates.append((pictures, passed))
+                pictures = 0
+            if reporting:
                 report: dict[str, Any] = {"step": self.step, "loss": loss.item(), "gradient_norm": norm, "learning_rate": rate}
                 report |= {name: value.tolist() for name, value in figures.items()}
-                report |= {"pictures_per_second": pictures / passed, "seconds": self.seconds}
+                drawn, took = (sum(column) for column in zip(*rates, strict=True))
+                report |= {"pictures_per_second": drawn / took, "seconds": self.seconds}
                 self._report(report)
-                pictures = 0
-            if self.step % config.save_every == 0 or last:
+                rates.clear()
+            if saving:
                 self._save()
+                began = time.perf_counter()
             if self.rank == 0 and (self.step % config.sheet_every == 0 or self.step == config.steps):
                 (self.folder / SHEETS).mkdir(exist_ok=True)
                 self.workshop.sheet(self.average, self.folder / SHEETS / f"step-{self.step:07d}.png")
@@ -202,12 +217,13 @@ class _Run:
     # -- what lies in the run folder --
 
     def _save(self) -> None:
+        workshop = self.workshop.state_dict()  # on all processes, as some of it may be gathered from them
         if self.rank != 0:
             return
         state = {
             "step": self.step,
             "seconds": self.seconds,
-            "workshop": self.workshop.state_dict(),
+            "workshop": workshop,
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
@@ -221,23 +237,39 @@ class _Run:
     def _resume(self) -> None:
         path = self.folder / STATE
         if path.is_file():
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            try:
-                self.workshop.load_state_dict(state["workshop"])
-            except RuntimeError as error:
-                raise ValueError(f"{path} is of another model than the config; choose another run= folder") from error
-            self.average.load_state_dict(state["average"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.step, self.seconds = state["step"], state["seconds"]
+            self._load(path)
         if self.rank != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / LOG).is_file():  # what was reported after the checkpoint will be reported again
+            lines = [line for line in (self.folder / LOG).read_text(encoding="utf-8").splitlines() if self._reported(line)]
+            write_whole(self.folder / LOG, lambda path: path.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
         changed = write_config(self.config, self.folder / CONFIG)
         if changed and self.step:
             self._say(f"{self.folder} goes on at step {self.step} with other settings than before: {', '.join(changed)}")
-        if (self.folder / LOG).is_file():  # what was reported after the checkpoint will be reported again
-            lines = [line for line in (self.folder / LOG).read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            write_whole(self.folder / LOG, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+
+    def _load(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # torch raises anything on damaged files
+            raise ValueError(f"{path} is damaged; remove it to begin anew, or choose another run= folder") from error
+        try:
+            self.workshop.load_state_dict(state["workshop"])
+        except RuntimeError as error:
+            raise ValueError(f"{path} is of another model than the config; choose another run= folder") from error
+        self.average.load_state_dict(state["average"])
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in self.optimiser.param_groups]
+        self.optimiser.load_state_dict(state["optimiser"])
+        for group, settings in zip(self.optimiser.param_groups, groups, strict=True):
+            group.update(settings)  # the config's settings, not those of the checkpoint
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _reported(self, line: str) -> bool:
+        """Whether a line of the log is whole and from before the checkpoint."""
+        try:
+            return bool(json.loads(line)["step"] <= self.step)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            return False
 
     def _report(self, report: dict[str, Any]) -> None:
         if self.rank != 0:

@@ -1,6 +1,6 @@
 """The tokenizer's workshop: every picture is rebuilt from several scales of its codes (paper, section 3.1).
 
-Where the paper is silent: the K - 1 random scales have square-like sizes drawn evenly between 1 and the native grid, different ones, in the
+Where the paper is silent: the K - 1 random scales are different ones, their longer sides drawn evenly below the native one's, in the
 picture's own aspect ratio; the target of a scale is the picture averaged down to that scale's own pixel size; all scales count alike.
 """
 
@@ -45,11 +45,19 @@ class TokenizerWorkshop(Workshop):
         self.used = torch.zeros(shape.codebook_size)  # since unused codes were last looked for; each process counts its own share
         self.latest = torch.empty(0)  # feature vectors (N, C) of the last batch, from which codes start anew
 
+    def _used_anywhere(self) -> Tensor:
+        """How often each code was used, on all processes together."""
+        used = self.used.to(self.latest.device, copy=True)
+        if dist.is_initialized():
+            dist.all_reduce(used)
+        return used
+
     def get_extra_state(self) -> Tensor:
-        return self.used
+        return self._used_anywhere().cpu()
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.used = state.cpu()
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        self.used = state.cpu().clone() if first else torch.zeros_like(self.used)
 
     @property
     def network(self) -> Tokenizer:
@@ -78,18 +86,18 @@ class TokenizerWorkshop(Workshop):
             errors.append(l2.detach())
             vectors.append(z.detach().reshape(-1, z.shape[-1]))
         self.latest = torch.cat(vectors)
-        return loss / len(sizes), {"psnr": -10 * torch.log10(errors[-1] / 4), "codes_in_use": (self.used > 0).float().mean()}
+        return loss / len(sizes), {
+            "psnr": -10 * torch.log10(errors[-1] / 4),
+            "codes_in_use": (self.used > 0).float().mean().to(loss.device),
+        }
 
     @torch.no_grad()
     def after_step(self, step: int, optimiser: torch.optim.Optimizer) -> None:
         every = self.config.restart_every
         if not every or step % every:
             return
-        used = self.used.to(self.latest.device)
+        unused = (self._used_anywhere() == 0).nonzero()[:, 0]
         self.used.zero_()
-        if dist.is_initialized():
-            dist.all_reduce(used)
-        unused = (used == 0).nonzero()[:, 0]
         if step > 0.8 * self.config.steps:
             return  # the last codes that were started need time to settle
         chosen = torch.randint(len(self.latest), (len(unused),), generator=torch.Generator().manual_seed(step))

@@ -66,7 +66,7 @@ class TransformerWorkshop(Workshop):
             "loss_by_scale": torch.stack([losses[:, at].detach().mean() for at in schedule.slices]),
             "accuracy_by_scale": torch.stack([right[:, at].mean() for at in schedule.slices]),
             "scales": torch.tensor(schedule.sizes),
-            "untrained_loss": torch.tensor(math.log(logits.shape[-1])),
+            "untrained_loss": losses.new_tensor(math.log(logits.shape[-1])),
         }
 
     def _labels(self, batch: Batch) -> Tensor:
