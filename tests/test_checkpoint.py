@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +58,22 @@ def test_nothing_is_overwritten_unasked(model: Model, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="holds a model already"):
         save(model, tmp_path)
     save(model, tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.safetensors", "transformer.safetensors"])
+def test_not_even_one_file_of_a_model_is_overwritten_unasked(model: Model, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("dear to someone")
+    with pytest.raises(FileExistsError, match=name):
+        save(Model(model.tokenizer), tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["dear to someone"]
+
+
+def test_parts_that_do_not_belong_together_are_not_written(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="class_names holds 2 names for 5 classes"):
+        save(dataclasses.replace(model, class_names=("a", "b")), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    save(dataclasses.replace(model, class_names=()), tmp_path / "model")
+    assert load(tmp_path / "model").class_names == ()
 
 
 def damage_config(folder: Path) -> None:
@@ -111,6 +131,73 @@ def test_damage_is_named_in_one_line(model: Model, tmp_path: Path, harm, words: 
         load(tmp_path)
     assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("format", None, "TypeError"),
+        ("format", "1", "TypeError"),
+        ("tokenizer", None, "AttributeError"),
+        ("tokenizer.channels", -1, "channels of the tokenizer is -1; it must be a whole number of at least 1"),
+        ("tokenizer.channels", True, "channels of the tokenizer is True"),
+        ("tokenizer.blocks", 1.5, "blocks of the tokenizer is 1.5"),
+        ("tokenizer.z_channels", "16", "z_channels of the tokenizer is '16'"),
+        ("tokenizer.norm_groups", 0, "norm_groups of the tokenizer is 0"),
+        ("tokenizer.codebook_size", 0, "codebook_size of the tokenizer is 0"),
+        ("tokenizer.codebook_size", 47, "codebook_size is 47 for the tokenizer and 48 for the transformer"),
+        ("tokenizer.code_width", None, "code_width of the tokenizer is None"),
+        ("tokenizer.code_width", 4, "code_width is 4 for the tokenizer and 8 for the transformer"),
+        ("tokenizer.multipliers", [], "multipliers of the tokenizer are ()"),
+        ("tokenizer.multipliers", [1, 0], "multipliers of the tokenizer are (1, 0)"),
+        ("tokenizer.multipliers", 2, "multipliers of the tokenizer are 2"),
+        ("transformer", [], "AttributeError"),
+        ("transformer.depth", "2", "depth of the transformer is '2'"),
+        ("transformer.width", -32, "width of the transformer is -32"),
+        ("transformer.width", 33, "width 33 cannot be shared among 2 heads"),
+        ("transformer.heads", -2, "heads of the transformer is -2; it must be a whole number of at least 0"),
+        ("transformer.table_side", 1.0, "table_side of the transformer is 1.0"),
+        ("transformer.trained_grid", 0, "trained_grid of the transformer is 0"),
+        ("transformer.classes", 0, "classes of the transformer is 0"),
+        ("transformer.classes", 4, "class_names holds 5 names for 4 classes"),
+        ("transformer.mlp_ratio", "4", "mlp_ratio of the transformer is '4'"),
+        ("transformer.mlp_ratio", 0, "mlp_ratio of the transformer is 0"),
+        ("transformer.positions", "round", "positions of the transformer is 'round'; there are area, smooth"),
+        ("transformer.shared_modulation", 1, "shared_modulation of the transformer is 1"),
+        ("class_names", None, "class_names is not a list"),
+        ("class_names", ["a", 2], "class_names is not a list"),
+        ("provenance", None, "provenance is not a table"),
+        ("defaults", None, "TypeError"),
+        ("defaults.height", "64", "height of the defaults is '64'"),
+        ("defaults.width", 0, "width of the defaults is 0"),
+        ("defaults.num_inference_steps", 2.5, "num_inference_steps of the defaults is 2.5"),
+        ("defaults.depth", 3, "depth"),
+        ("defaults.guidance", None, "AttributeError"),
+        ("defaults.guidance.kind", "slope", "slope"),
+        ("defaults.sampling.top_p", 2, "top_p"),
+        ("defaults.sampling.top_k", "7", "top_k|TypeError"),
+    ],
+)
+def test_a_wrong_value_in_config_json_is_named_with_the_file(model: Model, tmp_path: Path, key: str, value: Any, words: str) -> None:
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    *outer, last = key.split(".")
+    reduce(getitem, outer, config)[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
+        load(tmp_path)
+    assert any(word in str(caught.value) for word in words.split("|"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["format", "tokenizer", "transformer", "class_names", "defaults", "provenance"])
+def test_a_key_that_config_json_lacks_is_named(model: Model, tmp_path: Path, key: str) -> None:
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config\.json cannot be read .*'{key}'"):
+        load(tmp_path)
 
 
 def test_not_a_model_folder(tmp_path: Path) -> None:

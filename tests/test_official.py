@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
 from flexvar import FlexVARPipeline
 from flexvar.cli import main
-from flexvar.official import read_released, transformer_from_released
+from flexvar.official import read_released, tokenizer_from_released, transformer_from_released
 from golden import weights
 
 
@@ -119,8 +121,98 @@ def test_bad_files_are_refused_in_one_line(make: Callable[[Path], Path], words: 
     assert not Path("evil-was-here").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_damage_gives_anything_but_one_line(zipped: bool, tmp_path: Path) -> None:
+    path, rng = tmp_path / "damaged.pth", Random(0)
+    torch.save({"model": {"a.weight": torch.ones(3, 4), "b": torch.ones(5)}}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    refused = []
+    for _ in range(300):
+        damaged = bytearray(whole[: rng.choice([len(whole), rng.randrange(len(whole))])])
+        for _ in range(rng.randrange(1, 9)):
+            if damaged:
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_released(path)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert all(str(path) in line and "\n" not in line for line in refused)
+
+
+def released_transformer() -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in weights.transformer_tensors(2).items() if "zero_k" not in name}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("head.weight", (8912,)),
+        ("head.weight", (0, 128)),
+        ("head.weight", (8912, 127)),
+        ("pos_1LC", (1, 680, 128)),
+        ("pos_1LC", (1, 128, 1, 1)),
+        ("pos_1LC", ()),
+        ("blocks.0.attn.scale_mul_1H11", (2,)),
+        ("blocks.0.attn.scale_mul_1H11", (1, 0, 1, 1)),
+        ("blocks.0.attn.scale_mul_1H11", (1, 3, 1, 1)),
+        ("blocks.1.attn.scale_mul_1H11", (1, 3, 1, 1)),
+        ("blocks.0.ffn.fc1.weight", (512,)),
+        ("blocks.0.ffn.fc1.weight", (0, 128)),
+        ("class_emb.weight", (0, 128)),
+        ("class_emb.weight", (1, 128)),
+        ("class_emb.weight", ()),
+        ("word_embed.weight", (128,)),
+        ("word_embed.weight", (128, 0)),
+    ],
+)
+def test_a_misshapen_tensor_of_the_transformer_is_named(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(name)) as caught:
+        transformer_from_released(released_transformer() | {name: torch.zeros(shape)})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("encoder.conv_in.weight", (128,)),
+        ("encoder.conv_in.weight", (0, 3, 3, 3)),
+        ("encoder.conv_out.weight", (256, 512)),
+        ("encoder.conv_out.weight", (0, 512, 3, 3)),
+        ("encoder.conv_blocks.1.res.0.conv2.weight", (13, 13, 3, 3)),
+        ("encoder.conv_blocks.1.res.0.conv2.weight", (0, 16, 3, 3)),
+        ("encoder.conv_blocks.1.res.0.conv2.weight", ()),
+        ("quantize.embedding.weight", (8912,)),
+        ("quantize.embedding.weight", (0, 32)),
+    ],
+)
+def test_a_misshapen_tensor_of_the_tokenizer_is_named(name: str, shape: tuple[int, ...], released: Path) -> None:
+    tensors = read_released(released / "FlexVAE.pth")
+    with pytest.raises(ValueError, match=re.escape(name)) as caught:
+        tokenizer_from_released(tensors | {name: torch.zeros(shape)})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "without", ["encoder.conv_blocks.", "encoder.conv_blocks.0.", "encoder.conv_in.weight", "quantize.embedding.weight"]
+)
+def test_a_missing_tensor_of_the_tokenizer_is_named(without: str, released: Path) -> None:
+    tensors = {name: tensor for name, tensor in read_released(released / "FlexVAE.pth").items() if not name.startswith(without)}
+    with pytest.raises(ValueError, match=re.escape(without) + r"\S* is missing"):
+        tokenizer_from_released(tensors)
+
+
+@pytest.mark.parametrize("without", ["blocks.", "blocks.0.", "head.weight", "class_emb.weight", "pos_1LC", "word_embed.weight"])
+def test_a_missing_tensor_of_the_transformer_is_named(without: str) -> None:
+    tensors = {name: tensor for name, tensor in released_transformer().items() if not name.startswith(without)}
+    with pytest.raises(ValueError, match=re.escape(without) + r"\S* is missing"):
+        transformer_from_released(tensors)
+
+
 def test_what_does_not_fit_is_named() -> None:
-    tensors = {name: tensor for name, tensor in weights.transformer_tensors(2).items() if "zero_k" not in name}
+    tensors = released_transformer()
     with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.fc2\.bias is missing"):
         transformer_from_released({name: tensor for name, tensor in tensors.items() if name != "blocks.1.ffn.fc2.bias"})
     with pytest.raises(ValueError, match="lvl_embed is not a tensor of this model"):

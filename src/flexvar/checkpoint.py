@@ -37,6 +37,11 @@ class Defaults:
     guidance: Guidance = field(default_factory=Guidance)
     sampling: Sampling = field(default_factory=Sampling)
 
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_inference_steps"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"{name} of the defaults is {value!r}; it must be a whole number of at least 1")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -49,27 +54,53 @@ class Model:
     provenance: Mapping[str, Any] = field(default_factory=dict)  # how it came to be, in plain words and figures
 
 
+@dataclass(frozen=True)
+class _Config:
+    """What config.json says: a model without its weights. ValueError when its parts do not belong together."""
+
+    tokenizer: TokenizerConfig
+    transformer: TransformerConfig | None
+    class_names: tuple[str, ...]
+    defaults: Defaults
+    provenance: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.class_names, tuple) or not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError("class_names is not a list of names; give one name for each class, or [] for none")
+        if not isinstance(self.provenance, dict):
+            raise ValueError("provenance is not a table; give {} where nothing is known")
+        if self.transformer is None:
+            return
+        for name in ("codebook_size", "code_width"):
+            theirs, ours = getattr(self.tokenizer, name), getattr(self.transformer, name)
+            if theirs != ours:
+                raise ValueError(f"{name} is {theirs} for the tokenizer and {ours} for the transformer; they must have the same codes")
+        if self.class_names and len(self.class_names) != self.transformer.classes:
+            raise ValueError(f"class_names holds {len(self.class_names)} names for {self.transformer.classes} classes; give one for each")
+
+
 def save(model: Model, folder: Path | str, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
     """Writes a model folder. Every file is written under another name and put in place when it is complete.
 
-    Raises FileExistsError when the folder holds a model already and `overwrite` is not set.
+    Raises FileExistsError when the folder holds a model, or a file of one, and `overwrite` is not set; ValueError when the model's parts
+    do not belong together.
     """
     folder = Path(folder)
-    if (folder / CONFIG).exists() and not overwrite:
-        raise FileExistsError(f"{folder} holds a model already; choose another folder or ask for overwriting")
+    there = [name for name in (CONFIG, TOKENIZER, TRANSFORMER) if (folder / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{folder} holds a model already ({', '.join(there)}); choose another folder or ask for overwriting")
+    config = _Config(
+        tokenizer=model.tokenizer.config,
+        transformer=model.transformer.config if model.transformer else None,
+        class_names=tuple(model.class_names),
+        defaults=model.defaults,
+        provenance=dict(model.provenance),
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "format": FORMAT,
-        "tokenizer": dataclasses.asdict(model.tokenizer.config),
-        "transformer": dataclasses.asdict(model.transformer.config) if model.transformer else None,
-        "class_names": list(model.class_names),
-        "defaults": dataclasses.asdict(model.defaults),
-        "provenance": dict(model.provenance),
-    }
     _save_weights(model.tokenizer, folder / TOKENIZER, dtype)
     if model.transformer:
         _save_weights(model.transformer, folder / TRANSFORMER, dtype)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2, ensure_ascii=False) + "\n"
     write_whole(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -79,42 +110,48 @@ def load(folder: Path | str) -> Model:
     Raises FileNotFoundError or ValueError, in one line, for a folder, file or tensor that is missing, damaged or does not fit.
     """
     folder = Path(folder)
-    config, tokenizer_config, transformer_config, defaults = _read_config(folder)
+    config = _read_config(folder)
     with torch.device("meta"):
-        tokenizer = Tokenizer(tokenizer_config)
-        transformer = Transformer(transformer_config) if transformer_config else None
+        tokenizer = Tokenizer(config.tokenizer)
+        transformer = Transformer(config.transformer) if config.transformer else None
     return Model(
         tokenizer=_load_weights(tokenizer, folder / TOKENIZER),
         transformer=_load_weights(transformer, folder / TRANSFORMER) if transformer else None,
-        class_names=tuple(config["class_names"]),
-        defaults=defaults,
-        provenance=config["provenance"],
+        class_names=config.class_names,
+        defaults=config.defaults,
+        provenance=config.provenance,
     )
 
 
 def load_configs(folder: Path | str) -> tuple[TokenizerConfig, TransformerConfig]:
     """The shapes of a model folder's networks, without their weights. ValueError when it holds a tokenizer only."""
-    _, tokenizer, transformer, _ = _read_config(Path(folder))
-    if transformer is None:
+    config = _read_config(Path(folder))
+    if config.transformer is None:
         raise ValueError(f"{folder} holds a tokenizer only; train a transformer on it first")
-    return tokenizer, transformer
+    return config.tokenizer, config.transformer
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], TokenizerConfig, TransformerConfig | None, Defaults]:
+def _read_config(folder: Path) -> _Config:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it holds no {CONFIG}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["format"] > FORMAT:
-            raise ValueError(f"{folder} is of format {config['format']}, newer than this flexvar can read ({FORMAT}); update flexvar")
+            raise ValueError(f"format {config['format']} is newer than this flexvar can read ({FORMAT}); update flexvar")
         defaults = dict(config["defaults"])
         guidance, sampling = _built(Guidance, defaults.pop("guidance")), _built(Sampling, defaults.pop("sampling"))
-        tokenizer = _built(TokenizerConfig, config["tokenizer"])
-        transformer = _built(TransformerConfig, config["transformer"]) if config["transformer"] else None
-        return config, tokenizer, transformer, Defaults(guidance=guidance, sampling=sampling, **defaults)
+        return _Config(
+            tokenizer=_built(TokenizerConfig, config["tokenizer"]),
+            transformer=None if config["transformer"] is None else _built(TransformerConfig, config["transformer"]),
+            class_names=_tuples(config["class_names"]),
+            defaults=Defaults(guidance=guidance, sampling=sampling, **defaults),
+            provenance=config["provenance"],
+        )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); write the folder again") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _save_weights(module: nn.Module, path: Path, dtype: torch.dtype) -> None:

@@ -79,7 +79,7 @@ def read_released(path: Path | str) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds more than tensors, or is not a torch file, and was not loaded; fetch the released file again"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # torch raises anything on damaged files
         raise ValueError(f"{path} is damaged or not a torch file; fetch it again") from error
     for layer in ("trainer", "var_wo_ddp", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(layer), Mapping):
@@ -91,15 +91,15 @@ def read_released(path: Path | str) -> dict[str, Tensor]:
 
 def tokenizer_from_released(tensors: Mapping[str, Tensor]) -> Tokenizer:
     """A tokenizer with the released tensors; its shape is read off them. ValueError names a missing, extra or misshapen tensor."""
-    channels = _shape(tensors, "encoder.conv_in.weight")[0]
+    channels = _shape(tensors, "encoder.conv_in.weight", 1, 1, 1, 1)[0]
     levels = _count(tensors, r"encoder\.conv_blocks\.(\d+)\.")
-    widths = [_shape(tensors, f"encoder.conv_blocks.{level}.res.0.conv2.weight")[0] for level in range(levels)]
-    codebook_size, code_width = _shape(tensors, "quantize.embedding.weight")
+    firsts = [f"encoder.conv_blocks.{level}.res.0.conv2.weight" for level in range(max(1, levels))]
+    codebook_size, code_width = _shape(tensors, "quantize.embedding.weight", 1, 1)
     config = TokenizerConfig(
         channels=channels,
-        multipliers=tuple(width // channels for width in widths),
+        multipliers=tuple(_times(channels, _shape(tensors, name, 1, 1, 1, 1)[0], f"{name} and encoder.conv_in.weight") for name in firsts),
         blocks=_count(tensors, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
-        z_channels=_shape(tensors, "encoder.conv_out.weight")[0],
+        z_channels=_shape(tensors, "encoder.conv_out.weight", 1, 1, 1, 1)[0],
         codebook_size=codebook_size,
         code_width=code_width,
     )
@@ -110,16 +110,18 @@ def tokenizer_from_released(tensors: Mapping[str, Tensor]) -> Tokenizer:
 
 def transformer_from_released(tensors: Mapping[str, Tensor]) -> Transformer:
     """A transformer with the released tensors; its shape is read off them. ValueError names a missing, extra or misshapen tensor."""
-    codebook_size, width = _shape(tensors, "head.weight")
-    table_side = _shape(tensors, "pos_1LC")[-1]
+    codebook_size, width = _shape(tensors, "head.weight", 1, 1)
+    table_side = _shape(tensors, "pos_1LC", 1, 1, 2, 2)[-1]
+    heads = _shape(tensors, "blocks.0.attn.scale_mul_1H11", 1, 1, 1, 1)[1]
+    _times(heads, width, "head.weight and blocks.0.attn.scale_mul_1H11")
     config = TransformerConfig(
         depth=_count(tensors, r"blocks\.(\d+)\."),
         width=width,
-        heads=_shape(tensors, "blocks.0.attn.scale_mul_1H11")[1],
-        mlp_ratio=_shape(tensors, "blocks.0.ffn.fc1.weight")[0] / width,
-        classes=_shape(tensors, "class_emb.weight")[0] - 1,
+        heads=heads,
+        mlp_ratio=_shape(tensors, "blocks.0.ffn.fc1.weight", 1, 1)[0] / width,
+        classes=_shape(tensors, "class_emb.weight", 2, 1)[0] - 1,  # one is the null class
         codebook_size=codebook_size,
-        code_width=_shape(tensors, "word_embed.weight")[1],
+        code_width=_shape(tensors, "word_embed.weight", 1, 1)[1],
         trained_grid=table_side // 2,
         table_side=table_side,
         positions="area",
@@ -160,12 +162,23 @@ def _released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, Tensor], name: str, *least: int) -> tuple[int, ...]:
+    """The shape of a tensor, which must be there and have at least these lengths, one for each axis."""
     if name not in tensors:
         raise ValueError(
             f"the weights do not fit the model: {name} is missing; was the tokenizer's file given for the transformer's, or the reverse?"
         )
-    return tuple(tensors[name].shape)
+    shape = tuple(tensors[name].shape)
+    if len(shape) != len(least) or any(length < lowest for length, lowest in zip(shape, least, strict=True)):
+        raise ValueError(f"the weights do not fit the model: {name} has shape {shape} instead of {len(least)} axes of at least {least}")
+    return shape
+
+
+def _times(part: int, whole: int, names: str) -> int:
+    """How often `part` goes into `whole`, lengths of the named tensors; ValueError unless evenly."""
+    if whole % part:
+        raise ValueError(f"the weights do not fit the model: {names} do not go together; {whole} is not a multiple of {part}")
+    return whole // part
 
 
 def _count(names: Iterable[str], pattern: str) -> int:

@@ -274,7 +274,7 @@ def model_folder(name: str | Path) -> Path:
     if name in zoo.RELEASED:
         folder = zoo.cache_folder() / str(name)
         if not (folder / "config.json").is_file():
-            FlexVARPipeline.from_released(*zoo.fetch_released(str(name))).save_pretrained(folder)
+            FlexVARPipeline.from_released(*zoo.fetch_released(str(name))).save_pretrained(folder, overwrite=True)
         return folder
     if Path(name).is_dir():
         return Path(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,17 @@ class TransformerConfig:
     shared_modulation: bool = False  # one class modulation for all blocks, for small models
 
     def __post_init__(self) -> None:
+        least = dict.fromkeys(("depth", "classes", "codebook_size", "code_width", "trained_grid"), 1)
+        least |= dict.fromkeys(("width", "heads", "table_side"), 0)  # 0 means that it follows from the others
+        for name, lowest in least.items():
+            if type(value := getattr(self, name)) is not int or value < lowest:
+                raise ValueError(f"{name} of the transformer is {value!r}; it must be a whole number of at least {lowest}")
+        if type(self.mlp_ratio) not in (int, float) or not 0 < self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio of the transformer is {self.mlp_ratio!r}; it must be a number above 0")
+        if self.positions not in get_args(PositionMode):
+            raise ValueError(f"positions of the transformer is {self.positions!r}; there are {', '.join(get_args(PositionMode))}")
+        if type(self.shared_modulation) is not bool:
+            raise ValueError(f"shared_modulation of the transformer is {self.shared_modulation!r}; it must be true or false")
         object.__setattr__(self, "width", self.width or 64 * self.depth)
         object.__setattr__(self, "heads", self.heads or max(1, self.width // 64))
         object.__setattr__(self, "table_side", self.table_side or 2 * self.trained_grid)

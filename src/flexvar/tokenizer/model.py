@@ -29,6 +29,14 @@ class TokenizerConfig:
     codebook_size: int = 8912  # V; the odd number is the released one
     code_width: int = 32  # C
 
+    def __post_init__(self) -> None:
+        for name in ("channels", "blocks", "z_channels", "norm_groups", "codebook_size", "code_width"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"{name} of the tokenizer is {value!r}; it must be a whole number of at least 1")
+        levels = self.multipliers
+        if not isinstance(levels, tuple) or not levels or any(type(level) is not int or level < 1 for level in levels):
+            raise ValueError(f"multipliers of the tokenizer are {levels!r}; give a tuple with a whole number of at least 1 for each level")
+
     @property
     def downsample(self) -> int:
         """Pixels per code on a side."""
