@@ -33,8 +33,10 @@ def classes_sheet(pipe: FlexVARPipeline) -> Image.Image:
 def sizes_sheet(pipe: FlexVARPipeline, label: str) -> Image.Image:
     """One class at six sizes, from 1:3 to 3:1 and beyond the training size, with the same seed."""
     side = pipe.defaults.height
-    sizes = [(side, side), (side, 2 * side), (side, 3 * side), (3 * side, side), (2 * side, side), (3 * side // 2, 3 * side // 2)]
-    pictures = [enlarged(pipe(label, height=height, width=width, seed=5).images[0]) for height, width in sizes]
+    small, long = side * 5 // 8, side * 15 // 8
+    half, large = side * 3 // 4, side * 3 // 2
+    sizes = [(side, side), (small, long), (half, large), (long, small), (large, half), (large, large)]
+    pictures = [enlarged(pipe(label, height=height, width=width, seed=5, top_p=0.8).images[0]) for height, width in sizes]
     captions = [f"{height} x {width}" for height, width in sizes]
     return sheet([pictures[:3], pictures[3:]], [captions[:3], captions[3:]])
 
@@ -68,7 +70,7 @@ def main() -> None:
     words.out.mkdir(parents=True, exist_ok=True)
     sheets = {
         "classes.png": lambda: classes_sheet(pipe),
-        "sizes.png": lambda: sizes_sheet(pipe, labels[-1]),
+        "sizes.png": lambda: sizes_sheet(pipe, "sunflower" if "sunflower" in pipe.class_names else labels[0]),
         "steps.png": lambda: steps_sheet(pipe, labels),
         "scales.png": lambda: scales_sheet(pipe, labels),
     }
