@@ -14,7 +14,7 @@ from flexvar.schedule import Schedule
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
 from flexvar.transformer import Transformer, TransformerConfig
 
-PUBLISHED = {  # TFLOP a picture with guidance, d16, d20, d24 (PAPER.md 3.1)
+PUBLISHED = {  # TFLOP a picture with guidance, d16, d20, d24, by arithmetic on the published sizes
     "6": (0.37, 0.70, 1.19),
     "9": (0.57, 1.08, 1.83),
     "10": (0.61, 1.17, 1.98),

@@ -155,7 +155,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, gain_factor: float = 1e-3) -> None:
-        """The released initialisation (released code; PAPER 2.10). `gain_factor`: of the modulation's gains, 1e-4 for d24."""
+        """The released initialisation (released code). `gain_factor`: of the modulation's gains, 1e-4 for d24."""
         depth, width = self.config.depth, self.config.width
         std = math.sqrt(1 / (3 * width))
         for module in self.modules():
