@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 
 demo: .venv/installed
 	@echo "== drawing with the bundled model =="
-	OMP_NUM_THREADS= $(BIN)/python -m examples.demo out/demo
+	env -u OMP_NUM_THREADS $(BIN)/python -m examples.demo out/demo
 
 test: .venv/installed-dev
 	@echo "== tests =="
