@@ -49,7 +49,7 @@ save_every: 2
 sheet_every: 100
 drop_path: 0.1
 sheet_labels: [0, 1]
-model: {{depth: 2, width: 16, heads: 2, trained_grid: 4}}
+model: {{depth: 2, width: 16, heads: 2}}
 optimiser: {{learning_rate: 1e-2, ema: 0.9}}
 data: {{kind: shapes, views: 3}}
 """
@@ -91,6 +91,7 @@ def test_from_pictures_to_pictures(trained_tokenizer: Path, tmp_path: Path, caps
     assert list((tmp_path / "transformer" / "sheets").glob("*.png"))
     model = load(tmp_path / "transformer" / "model")
     assert model.class_names == Shapes().class_names
+    assert model.transformer.config.trained_grid == 4  # 4x6 codes are the most of a size, 16x24 px
     assert model.provenance["transformer"]["trained"]["pictures"] == 16
     words = [
         "sample",

@@ -152,14 +152,14 @@ class TransformerShape:
     width: int = 0
     heads: int = 0
     mlp_ratio: float = 4.0
-    trained_grid: int = 16
+    trained_grid: int = 0  # side of the largest grid it is trained on; 0 means what follows from the sizes
     table_side: int = 0
     positions: Literal["area", "smooth"] = "smooth"
     shared_modulation: bool = False
 
     def __post_init__(self) -> None:
-        _demand(self, COUNT, "model.depth model.trained_grid")
-        _demand(self, NOT_NEGATIVE, "model.width model.heads model.table_side")
+        _demand(self, COUNT, "model.depth")
+        _demand(self, NOT_NEGATIVE, "model.width model.heads model.table_side model.trained_grid")
         _demand(self, POSITIVE, "model.mlp_ratio")
 
 

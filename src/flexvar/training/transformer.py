@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class TransformerWorkshop(Workshop):
                 classes=len(class_names),
                 codebook_size=tokenizer.tokenizer.config.codebook_size,
                 code_width=tokenizer.tokenizer.config.code_width,
-                trained_grid=shape.trained_grid,
+                trained_grid=shape.trained_grid or largest_grid(config.sizes, tokenizer.tokenizer.config.downsample),
                 table_side=shape.table_side,
                 positions=shape.positions,
                 shared_modulation=shape.shared_modulation,
@@ -109,3 +110,8 @@ class TransformerWorkshop(Workshop):
         assert isinstance(network, Transformer)
         before = self.frozen[0]
         return Model(before.tokenizer, network, self.class_names, self._defaults(), {**before.provenance, "transformer": provenance})
+
+
+def largest_grid(sizes: Sequence[Sequence[int]], downsample: int) -> int:
+    """The side of the square grid with as many codes as the largest of the picture sizes (height, width)."""
+    return max(math.isqrt(math.prod(grid_of(height, width, downsample))) for height, width in sizes)
