@@ -154,4 +154,4 @@ def test_words_come_after_the_file_and_settings_may_refer_to_one_another(path: P
 
 def test_a_config_is_read_without_torch(path: Path) -> None:
     script = "import sys; from flexvar.training.config import *; read_config(TokenizerRun, sys.argv[1]); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+    assert subprocess.run([sys.executable, "-c", script, str(path)]).returncode == 0
