@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flexvar.accounting import LiveBytes, Plan, plan
+from flexvar.accounting import LiveBytes, Plan, plan, training_flops
+from flexvar.attention import AttentionName
 from flexvar.generation import generate
 from flexvar.sampling import Guidance
 from flexvar.schedule import Schedule
@@ -52,6 +54,35 @@ def test_agrees_where_the_modulation_is_shared(small_tokenizer: Tokenizer) -> No
     config = TransformerConfig(depth=3, width=64, heads=2, mlp_ratio=2.5, classes=5, codebook_size=48, code_width=8, shared_modulation=True)
     flops = plan(config, small_tokenizer.config, SCHEDULE).flops
     assert flops.transformer == pytest.approx(measured(small_tokenizer, Transformer(config), 1, True)[0], rel=0.01)
+
+
+def measured_step(transformer: Transformer, schedule: Schedule, batch: int, attention: AttentionName) -> int:
+    """FLOPs of forward and backward, counted operation by operation."""
+    inputs = torch.randn(batch, schedule.tokens - schedule.first, transformer.config.code_width)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = transformer(torch.zeros(batch, dtype=torch.int64), inputs, schedule, attention=attention)
+        F.cross_entropy(logits.flatten(0, 1), torch.zeros(batch * schedule.tokens, dtype=torch.int64)).backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("schedule", [SCHEDULE, Schedule.square([1, 2, 3, 5, 8])], ids=str)
+def test_a_step_of_training_agrees_with_what_torch_counts(schedule: Schedule, shared: bool) -> None:
+    config = TransformerConfig(depth=2, width=64, heads=2, classes=5, codebook_size=96, code_width=8, shared_modulation=shared)
+    transformer, said = Transformer(config), training_flops(config, schedule, 3)
+    assert said == pytest.approx(measured_step(transformer, schedule, 3, "by-scale"), rel=0.01)
+    seen = sum(count * at.stop for count, at in zip(schedule.counts, schedule.slices, strict=True))
+    behind_the_mask = 3 * 2 * 3 * config.depth * 2 * (schedule.tokens**2 - seen) * config.width
+    assert said + behind_the_mask == pytest.approx(measured_step(transformer, schedule, 3, "mask"), rel=0.01)
+
+
+def test_a_step_of_training_is_about_six_times_parameters_and_tokens_and_the_attention() -> None:
+    config, plan_ = TransformerConfig(depth=16), released(16, "10", guided=False)
+    once_a_picture = config.width**2 * (6 * config.depth + 2)
+    each_token = plan_.transformer_parameters - once_a_picture
+    expected = 6 * (680 * each_token + once_a_picture) + 3 * plan_.flops.of("attention")
+    assert training_flops(config, "10", 1) == pytest.approx(expected, rel=0.02)
+    assert training_flops(config, "10", 4) == 4 * training_flops(config, "10", 1)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -145,3 +176,18 @@ def test_the_table_names_every_part_and_adds_up() -> None:
 def test_an_empty_batch_is_an_error() -> None:
     with pytest.raises(ValueError, match="give 1 or more"):
         released(16, "10", batch=0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_parameters_of_any_depth_are_counted_without_building_it(shared: bool) -> None:
+    config = TransformerConfig(depth=5, width=64, heads=2, classes=5, codebook_size=96, code_width=32, shared_modulation=shared)
+    assert plan(config, TokenizerConfig(), SCHEDULE).transformer_parameters == sum(p.numel() for p in Transformer(config).parameters())
+    assert released(10**6, "6").transformer_parameters > 10**22
+
+
+def test_what_no_machine_holds_is_an_error() -> None:
+    tokenizer = TokenizerConfig()
+    for depth, side, batch in ((16, 50000, 1), (16, 10**20, 1), (16, 16, 10**15), (10**12, 16, 1)):
+        with pytest.raises(ValueError, match="no machine holds") as caught:
+            plan(TransformerConfig(depth=depth), tokenizer, [1, side], batch=batch)
+        assert "\n" not in str(caught.value)

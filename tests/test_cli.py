@@ -68,7 +68,9 @@ def test_no_class_is_unconditional_and_schedules_are_read(model: str, tmp_path: 
         (["pizza", "--count", "0"], "--count is 0"),
         (["pizza", "--temperature", "0"], "temperature"),
         (["pizza", "--out", "{file}"], "is a file"),
-        (["pizza", "--schedule", "1,99999"], "not enough memory"),
+        (["pizza", "--guidance-scale", "1e300"], "the guidance scale is 1e+300"),
+        (["pizza", "--schedule", "1,99999"], "not enough memory for a picture of 399996 x 399996 px; "),
+        (["pizza", "--schedule", "1,99999999999999999999"], "not enough memory"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(model: str, words: list[str], complaint: str, tmp_path: Path, capsys) -> None:
@@ -79,6 +81,29 @@ def test_mistakes_get_one_line_and_status_2(model: str, words: list[str], compla
     assert complaint in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--depth", "0"], "at least 1"),
+        (["--batch", "0"], "give 1 or more"),
+        (["--height", "65"], "nearest height is 64 or 80"),
+        (["--steps", "1"], "at least 2"),
+        (["--schedule", "1,50000"], "no machine holds"),
+        (["--model", "/nowhere"], "no model folder"),
+    ],
+)
+def test_plans_that_cannot_be_made(words: list[str], complaint: str, capsys) -> None:
+    assert main(["plan", *words]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert complaint in captured.err
+
+
+def test_a_plan_of_any_depth(capsys) -> None:
+    assert main(["plan", "--depth", "1000000"]) == 0
+    assert "depth 1000000, width 64000000" in capsys.readouterr().out
 
 
 def test_models_that_are_not_there(capsys, tmp_path: Path) -> None:
@@ -118,7 +143,7 @@ def test_every_command_has_help_with_an_example() -> None:
             yield path, of.format_help()
 
     found = dict(commands(parser()))
-    assert {path[0] for path in found} == {"sample", "train", "convert", "data", "info", "plan"}
+    assert {path[0] for path in found} == {"sample", "train", "cache", "convert", "data", "info", "plan"}
     for path, text in found.items():
         assert f"example: flexvar {' '.join(path)}" in " ".join(text.split()), path
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from flexvar import zoo
-from flexvar.cli import parser
+from flexvar.cli import main, parser
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "THIRD_PARTY.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*.md")), ROOT / "THIRD_PARTY.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -67,3 +67,19 @@ def test_the_tree_names_every_file() -> None:
     for room in rooms:
         name = room.name if room.is_file() else f"{room.name}/"
         assert name.startswith("__") or name in readme, name
+
+
+@pytest.mark.slow
+def test_training_your_own_goes_from_pictures_to_samples(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Every command of the page, with fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    page = (ROOT / "examples" / "train_your_own.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in re.findall(r"^ {4}flexvar (.+)$", page, re.MULTILINE)]
+    assert {command[0] for command in commands} == {"data", "train", "cache", "sample"}
+    for command in commands:
+        shortened = ["steps=6", "batch=8", "save_every=3"] if command[0] == "train" else []
+        shortened += ["views=1"] if command[0] == "cache" else []
+        assert main([*command, *shortened]) == 0, command
+    assert (tmp_path / "out" / "own" / "grid.png").is_file()
+    assert list((tmp_path / "runs" / "own-transformer" / "sheets").glob("*.png"))

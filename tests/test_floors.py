@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "flexvar"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("schedule", "position", "kv_cache", "sampling", "weights", "writing", "progress", "sheet"),
+    ("schedule", "position", "attention", "kv_cache", "sampling", "weights", "writing", "progress", "sheet", "checks"),
     ("tokenizer", "transformer", "data"),
     ("generation", "accounting"),
-    ("editing", "checkpoint", "official", "zoo"),
+    ("editing", "checkpoint", "official", "zoo", "memory"),
     ("pipeline",),
     ("evaluation",),
     ("training", "app"),

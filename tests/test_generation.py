@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 import flexvar
 from flexvar import Guidance, Keep, Sampling, Schedule, Tokenizer, Transformer, generate
 from flexvar.kv_cache import KeyValueCache
+from flexvar.sampling import choose
 
 SCHEDULE = Schedule.of([1, (1, 2), (3, 4), (4, 6)])
 
@@ -139,12 +141,19 @@ def test_a_cache_too_small_says_so() -> None:
 
 
 def test_half_precision_runs(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
-    import copy
-
     tokenizer, transformer = copy.deepcopy(small_tokenizer).bfloat16(), copy.deepcopy(small_transformer).bfloat16()
     *_, last = generate(tokenizer, transformer, [0, 1], SCHEDULE, seeds=[1, 2])
     assert last.images.dtype == torch.bfloat16
     assert torch.isfinite(last.images.float()).all()
+
+
+def test_half_precision_draws_from_logits_in_float32(small_tokenizer: Tokenizer, small_transformer: Transformer, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr("flexvar.generation.choose", lambda logits, *rest: seen.append(logits) or choose(logits, *rest))
+    tokenizer, transformer = copy.deepcopy(small_tokenizer).bfloat16(), copy.deepcopy(small_transformer).bfloat16()
+    list(generate(tokenizer, transformer, [0, 1], SCHEDULE, seeds=[1, 2]))
+    assert {logits.dtype for logits in seen} == {torch.float32}
+    assert not any(torch.equal(logits, logits.bfloat16().float()) for logits in seen)
 
 
 @pytest.mark.parametrize(

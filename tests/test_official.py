@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from random import Random
 import pytest
 import torch
 
-from flexvar import FlexVARPipeline
+from flexvar import FlexVARPipeline, zoo
 from flexvar.cli import main
 from flexvar.official import read_released, tokenizer_from_released, transformer_from_released
 from golden import weights
@@ -42,6 +44,8 @@ def test_convert_and_back(released: Path, tmp_path: Path, capsys) -> None:
     assert (pipe.defaults.sampling.top_k, pipe.defaults.sampling.top_p, pipe.transformer.config.positions) == (900, 0.95, "area")
     assert main(["convert", *files, str(tmp_path / "model")]) == 2
     assert "holds a model already" in capsys.readouterr().err
+    assert main(["convert", *files, "--back", "emoji", str(tmp_path / "back")]) == 2
+    assert "leave out --tokenizer and --transformer" in capsys.readouterr().err
 
     assert main(["convert", "--back", str(tmp_path / "model"), str(tmp_path / "back")]) == 0
     tokenizer = torch.load(tmp_path / "back" / "FlexVAE.pth", weights_only=True)["model"]
@@ -64,6 +68,25 @@ def test_a_released_name_is_fetched_converted_once_and_kept(released: Path, tmp_
     for _ in range(2):
         assert FlexVARPipeline.from_pretrained("flexvar-d16").transformer.config.depth == 2
     assert asked == [("jiaosiyu1999/FlexVAR", "FlexVAE.pth"), ("jiaosiyu1999/FlexVAR", "FlexVARd16-epo179.pth")]
+    seen = json.loads((tmp_path / "flexvar-d16" / "config.json").read_text())["provenance"]["converted from"]
+    files = {"tokenizer": released / "FlexVAE.pth", "transformer": released / "bare.pth"}
+    assert seen == {part: {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for part, file in files.items()}
+
+
+def test_a_fetched_file_is_compared_with_what_is_known(tmp_path: Path, monkeypatch) -> None:
+    def stand_in(repository: str, file: str) -> str:
+        (tmp_path / file).write_bytes(file.encode())
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", stand_in)
+    names = zoo.RELEASED_TOKENIZER, zoo.RELEASED["flexvar-d20"].file
+    for file in names:
+        monkeypatch.setitem(zoo.SHA256, file, hashlib.sha256(file.encode()).hexdigest())
+    assert zoo.fetch_released("flexvar-d20") == tuple(tmp_path / file for file in names)
+    monkeypatch.setitem(zoo.SHA256, names[1], "0" * 64)
+    with pytest.raises(ValueError, match=f"{names[1]} has sha256 .* instead of 0000.*; delete it") as caught:
+        zoo.fetch_released("flexvar-d20")
+    assert "\n" not in str(caught.value)
 
 
 class Evil:
@@ -96,6 +119,12 @@ def without_tensors(folder: Path) -> Path:
     return path
 
 
+def sparse(folder: Path) -> Path:
+    path = folder / "sparse.pth"
+    torch.save({"a.weight": torch.eye(3).to_sparse()}, path)
+    return path
+
+
 def text(folder: Path) -> Path:
     path = folder / "page.pth"
     path.write_text("<html>404</html>")
@@ -108,7 +137,8 @@ def text(folder: Path) -> Path:
         (truncated, "is damaged or not a torch file"),
         (malicious, "holds more than tensors"),
         (malicious_zip, "holds more than tensors"),
-        (without_tensors, "holds no table of tensors"),
+        (without_tensors, "holds no table of plain tensors"),
+        (sparse, "holds no table of plain tensors"),
         (text, "not a torch file"),
         (lambda folder: folder / "nowhere.pth", "there is no file"),
     ],

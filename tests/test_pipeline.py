@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+import errno
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from flexvar import FlexVARPipeline, Guidance, Sampling, Schedule, Tokenizer, Transformer
@@ -104,6 +106,10 @@ def test_unknown_labels(pipe: FlexVARPipeline, label, words: str) -> None:
         ({"seed": 1.5}, "give an integer|not iterable"),
         ({"seed": 2**64}, "too large"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 2.5}, "batch_size is 2.5; give an integer"),
+        ({"guidance_scale": "2"}, "the guidance scale is '2'"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"greedy": 3}, "greedy is 3"),
         ({"schedule": [(1.9, 1.9)]}, "is not a list of scales"),
     ],
 )
@@ -158,7 +164,7 @@ def test_hub(pipe: FlexVARPipeline, tmp_path: Path, monkeypatch) -> None:
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ConnectionError, match="not in the Hub's cache and cannot be reached"):
+    with pytest.raises(ConnectionError, match=r"not in the Hub's cache and cannot be reached; .* or one of emoji"):
         FlexVARPipeline.from_pretrained("someone/model")
 
     uploaded = {}
@@ -172,11 +178,33 @@ def test_hub(pipe: FlexVARPipeline, tmp_path: Path, monkeypatch) -> None:
     assert uploaded == {"me/mine": ["config.json", "tokenizer.safetensors", "transformer.safetensors"]}
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "hub"), OSError, r"kept \(\[Errno 28\] No space left.* another in HF_HOME"),
+        (PermissionError(errno.EACCES, "Permission denied", "hub"), OSError, r"kept \(\[Errno 13\] Permission denied: 'hub'\)"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), ConnectionError, "Connection reset by peer.*go online"),
+        (TimeoutError(), ConnectionError, r"fetched \(TimeoutError\); go online"),
+        (HTTPError("503 Server Error\nRequest ID: 1"), ConnectionError, r"fetched \(503 Server Error\); go online"),
+    ],
+)
+def test_a_full_disk_is_not_called_offline(error: Exception, kind: type[Exception], words: str, monkeypatch) -> None:
+    def fail(name: str, **_) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(kind, match=words) as caught:
+        FlexVARPipeline.from_pretrained("someone/model")
+    assert isinstance(caught.value, ConnectionError) is (kind is ConnectionError)
+    assert "\n" not in str(caught.value)
+
+
 def test_names_that_lead_nowhere() -> None:
     with pytest.raises(ValueError, match="not a bundled or released name"):
         FlexVARPipeline.from_pretrained("no such name!")
-    with pytest.raises(FileNotFoundError, match="no model folder"):
-        FlexVARPipeline.from_pretrained("./nowhere")
+    for nowhere in ("./nowhere", Path("nowhere")):
+        with pytest.raises(FileNotFoundError, match="no model folder"):
+            FlexVARPipeline.from_pretrained(nowhere)
 
 
 def test_reconstruct(pipe: FlexVARPipeline) -> None:
@@ -186,6 +214,10 @@ def test_reconstruct(pipe: FlexVARPipeline) -> None:
     assert pipe.reconstruct(Image.new("L", (3, 2)), output_type="pt").images.shape == (1, 3, 4, 4)
     with pytest.raises(ValueError, match="multiple of 4"):
         pipe.reconstruct(picture, height=9)
+    with pytest.raises(ValueError, match="a side is '8'; give an integer"):
+        pipe.reconstruct(picture, height="8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the image has 5 x 0 pixels"):
+        pipe.reconstruct(Image.new("RGB", (0, 5)))
 
 
 def test_a_tokenizer_alone_is_no_pipeline(small_tokenizer: Tokenizer) -> None:

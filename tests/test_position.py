@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from flexvar.position import initial_table, resample
+from flexvar.position import averaged_by_matrices, initial_table, resample
+
+SIDES = st.integers(1, 20)
 
 
 def test_each_channel_sees_one_axis() -> None:
@@ -37,3 +42,9 @@ def test_mixed_axes_are_resampled_each_by_itself() -> None:
 def test_unknown_mode() -> None:
     with pytest.raises(ValueError, match="'area' and 'smooth'"):
         resample(torch.zeros(1, 2, 2), (1, 1), "other")  # type: ignore[arg-type]
+
+
+@given(SIDES, SIDES, SIDES, SIDES)
+def test_averaging_by_matrices_is_adaptive_pooling(height: int, width: int, h: int, w: int) -> None:
+    maps = torch.randn(2, 3, height, width)
+    assert torch.allclose(averaged_by_matrices(maps, (h, w)), F.adaptive_avg_pool2d(maps, (h, w)), atol=1e-6)

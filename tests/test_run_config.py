@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flexvar.training.config import OptimiserConfig, RunConfig, TokenizerRun, TransformerRun, read_config
+from flexvar import TokenizerConfig, TransformerConfig
+from flexvar.training.config import read_config
+from flexvar.training.settings import CacheRun, OptimiserConfig, RunConfig, TokenizerRun, TokenizerShape, TransformerRun, TransformerShape
 
 BOTH = [
     ("steps=0", "steps is 0; it must be at least 1"),
@@ -15,7 +17,15 @@ BOTH = [
     ("save_every=-1", "save_every is -1; it must be at least 1"),
     ("sheet_every=0", "sheet_every is 0; it must be at least 1"),
     ("seed=-1", "seed is -1; it must be a number of at least 0"),
-    ("workers=-1", "workers is -1; it must be a number of at least 0"),
+    ("workers=-2", "workers is -2; it must be at least 0, or -1"),
+    ("accumulate=0", "accumulate is 0; it must be at least 1"),
+    ("accumulate=3", "batch is 64 and accumulate 3; the batch must be a multiple"),
+    ("keep=0", "keep is 0"),
+    ("bad_steps=0", "bad_steps is 0"),
+    ("measure=-1", "measure is -1"),
+    ("precision=half", "precision: Invalid value 'half'"),
+    ("data.shuffle=0", "data.shuffle is 0"),
+    ("data.fixed_views=-1", "data.fixed_views is -1"),
     ("sizes=[]", "sizes is []; it must be a list of pairs"),
     ("sizes=[[64]]", "sizes is [[64]]; it must be a list of pairs"),
     ("sizes=[[64,0]]", "sizes is [[64, 0]]; it must be a list of pairs"),
@@ -25,7 +35,7 @@ BOTH = [
     ("data.resize=[1.0]", "data.resize is [1.0]; it must be two numbers"),
     ("data.resize=[0.5,1.0]", "data.resize is [0.5, 1.0]; it must be two numbers"),
     ("data.resize=[1.2,1.1]", "data.resize is [1.2, 1.1]; it must be two numbers"),
-    ("data.kind=cats", "data.kind: Invalid value 'cats', expected one of ['folder', 'emoji', 'shapes']"),
+    ("data.kind=cats", "data.kind: Invalid value 'cats', expected one of ['folder', 'hub', 'hub-stream', 'shards', 'features', "),
     ("optimiser.learning_rate=0", "optimiser.learning_rate is 0.0; it must be a number above 0"),
     ("optimiser.learning_rate=.nan", "optimiser.learning_rate is nan"),
     ("optimiser.learning_rate=.inf", "optimiser.learning_rate is inf"),
@@ -39,7 +49,7 @@ BOTH = [
     ("optimiser.end=2", "optimiser.end is 2.0"),
     ("optimiser.ema=1", "optimiser.ema is 1.0; it must be at least 0 and below 1"),
     ("optimiser=3", "optimiser: Merge error"),
-    ("stps=3", "Did you mean: 'steps'?"),
+    ("stps=3", "'steps'"),
     ("optimiser.lerning_rate=3", "Did you mean: 'learning_rate'?"),
     ("optimiser.lr=3", "'lr' not in 'OptimiserConfig'; there are learning_rate, betas,"),
     ("data.viws=3", "Did you mean: 'views'?"),
@@ -47,6 +57,17 @@ BOTH = [
 ]
 TOKENIZER = [
     ("scales=0", "scales is 0"),
+    ("smallest=0", "smallest is 0"),
+    ("entropy=-1", "entropy is -1.0"),
+    ("target=round", "target: Invalid value 'round'"),
+    ("small=hide", "small: Invalid value 'hide'"),
+    ("gradient=none", "gradient: Invalid value 'none'"),
+    ("perceptual.weight=1", "perceptual.weight needs two files"),
+    ("perceptual.weight=-1", "perceptual.weight is -1.0"),
+    ("adversary.weight=-1", "adversary.weight is -1.0"),
+    ("adversary.layers=0", "adversary.layers is 0"),
+    ("adversary.learning_rate=0", "adversary.learning_rate is 0.0"),
+    ("data.kind=features", "a tokenizer is trained on pictures"),
     ("continuous=1.1", "continuous is 1.1"),
     ("restart_every=-1", "restart_every is -1"),
     ("l1=-1", "l1 is -1.0"),
@@ -65,6 +86,9 @@ TOKENIZER = [
     ("sizes=[[64,64],[64,72]]", "sizes holds [64, 72]: width 72 is not a multiple of 16"),
 ]
 TRANSFORMER = [
+    ("gain_factor=0", "gain_factor is 0.0"),
+    ("finest=-1", "finest is -1"),
+    ("attention=dense", "attention: Invalid value 'dense'"),
     ("label_drop=1", "label_drop is 1.0; it must be at least 0 and below 1"),
     ("drop_path=-0.1", "drop_path is -0.1"),
     ("sheet_labels=[]", "sheet_labels is []"),
@@ -78,6 +102,13 @@ TRANSFORMER = [
     ("model.mlp_ratio=0", "model.mlp_ratio is 0.0"),
     ("model.positions=round", "model.positions: Invalid value 'round'"),
     ("model.dept=3", "Did you mean: 'depth'?"),
+]
+CACHE = [
+    ('out=""', "out is empty; name the folder of the cache"),
+    ("views=0", "views is 0"),
+    ("shard=0", "shard is 0"),
+    ("data.kind=shards", "features are cached from folder, hub, emoji or shapes"),
+    ("outt=x", "Did you mean: 'out'?"),
 ]
 CASES = [
     *((kind, word, words) for kind in (TokenizerRun, TransformerRun) for word, words in BOTH),
@@ -105,6 +136,28 @@ def test_what_makes_no_sense_is_named_in_one_line(kind: type[RunConfig], word: s
     message = fault(kind, path, word)
     assert words in message
     assert str(path) in message or "is not valid YAML" in message
+
+
+@pytest.mark.parametrize(("word", "words"), CACHE)
+def test_what_makes_no_sense_for_a_cache(word: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "cache.yaml").write_text("out: features\n")
+    assert words in fault(CacheRun, tmp_path / "cache.yaml", word)
+
+
+@pytest.mark.parametrize(
+    ("shape", "config", "derived"),
+    [
+        (TokenizerShape(), TokenizerConfig(), set()),
+        (TransformerShape(), TransformerConfig(), {"width", "heads", "classes", "codebook_size", "code_width", "table_side"}),
+    ],
+)
+def test_shapes_of_a_file_are_those_of_the_models(shape: object, config: object, derived: set[str]) -> None:
+    """The same fields with the same defaults, but for what follows from others or from data and tokenizer, and for our own choices."""
+    ours = {"positions": "smooth", "trained_grid": 0}
+    for name in set(vars(config)) - derived:
+        value = vars(shape)[name]
+        assert (tuple(value) if isinstance(value, list) else value) == ours.get(name, vars(config)[name]), name
+    assert set(vars(shape)) - set(vars(config)) == set()
 
 
 @pytest.mark.parametrize(
@@ -142,6 +195,7 @@ def test_the_limits_themselves_are_allowed(kind: type[RunConfig], path: Path) ->
     config = read_config(kind, path, [*words, "optimiser.betas=[0,0]"])
     assert config.optimiser == OptimiserConfig(betas=[0, 0], clip=0, warm_up=0, flat=1, end=0, ema=0)
     assert (config.steps, config.data.resize) == (1, [1, 1])
+    read_config(TokenizerRun, path, ["workers=-1", "keep=1", "measure=0", "entropy=0", "smallest=1"])
     read_config(TokenizerRun, path, ["restart_every=0", "continuous=1", "l1=0", "l2=0", "scales=1"])
     read_config(TransformerRun, path, ["label_drop=0", "guidance_scale=0", "sheet_labels=[0]", "sizes=[[40,120]]"])
 
@@ -153,5 +207,8 @@ def test_words_come_after_the_file_and_settings_may_refer_to_one_another(path: P
 
 
 def test_a_config_is_read_without_torch(path: Path) -> None:
-    script = "import sys; from flexvar.training.config import *; read_config(TokenizerRun, sys.argv[1]); sys.exit('torch' in sys.modules)"
+    script = (
+        "import sys; from flexvar.training.config import *; from flexvar.training.settings import *; "
+        "read_config(TokenizerRun, sys.argv[1]); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script, str(path)]).returncode == 0

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import math
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -39,12 +43,32 @@ def test_greedy_scales() -> None:
     assert Sampling(greedy=(16, (7, 9))).greedy_scales(oblong) == (False, True, True, False)
 
 
-@pytest.mark.parametrize("wrong", [{"top_k": -1}, {"top_p": 1.5}, {"temperature": 0.0}, {"greedy": "all"}])
-def test_wrong_settings(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        Sampling(**wrong)
+WRONG = {
+    "top_k": [-1, 2.5, "5", None],
+    "top_p": [1.5, -0.1, math.nan, "0.9"],
+    "temperature": [0.0, math.nan, math.inf, "1"],
+    "greedy": ["all", 3, 1.5, [1.5], ["2"], [(1, 2, 3)], [None]],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_wrong_settings(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; give ")):
+        Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e300, "2", [2.0], None])
+def test_wrong_guidance(scale: object) -> None:
+    with pytest.raises(ValueError, match=r"the guidance scale is .*; give a finite number"):
+        Guidance("ramp", scale)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind"):
         Guidance("linear", 2.0)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    assert Guidance("ramp", np.float32(2)).scale == Guidance("ramp", torch.tensor(2.0)).scale == 2.0  # type: ignore[arg-type]
+    given = Sampling(np.int64(3), np.float32(0.5), torch.tensor(1.0), np.array([2, 4]))  # type: ignore[arg-type]
+    assert given == Sampling(3, 0.5, 1.0, (2, 4))
 
 
 def test_numbers_depend_on_the_seed_alone() -> None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from flexvar import Schedule, Tokenizer, Transformer, TransformerConfig
-from flexvar.transformer import block_causal_mask
 
 SCHEDULES = [[1, 2, 3, 4], [(1, 1), (1, 3), (2, 5), (4, 9)], [(2, 2), (2, 2), (3, 4)], [4]]
 
@@ -49,11 +48,6 @@ def test_no_scale_sees_a_later_one(small_transformer: Transformer) -> None:
     before, after = (small_transformer(torch.tensor([1]), x, schedule) for x in (inputs, changed))
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.allclose(before[:, 5:], after[:, 5:])
-
-
-def test_mask() -> None:
-    mask = block_causal_mask(Schedule.square([1, 2]), torch.device("cpu"))
-    assert mask.tolist() == [[True] + [False] * 4] + [[True] * 5] * 4
 
 
 def test_depth_gives_width_and_heads_and_both_can_be_given() -> None:

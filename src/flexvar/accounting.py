@@ -1,4 +1,4 @@
-"""What a generation costs, said before anything runs: tokens, FLOPs by part, parameters and memory.
+"""What a generation or a step of training costs, said before anything runs: tokens, FLOPs by part, parameters and memory.
 
 One multiply-add counts as 2 FLOPs. Products of matrices, attention and convolutions are counted; normalisation, activation functions,
 resampling and the choice of codes (top-k and sums over V numbers a token) are not: below 1 % of the work together. The transformer is
@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from flexvar.tokenizer import Tokenizer, TokenizerConfig
 from flexvar.transformer import MODULATIONS, Transformer, TransformerConfig
 
 MEBIBYTE = 2**20
+
+C = TypeVar("C")
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,14 @@ class Memory:
         return self.transformer_weights + self.tokenizer_weights
 
     @property
+    def working(self) -> int:
+        """The most that exists at the same time beside the weights; the cache lives until the last scale is decoded."""
+        return self.cache + max(self.drawing, self.decoding)
+
+    @property
     def peak(self) -> int:
-        """The most that exists at the same time; the cache lives until the last scale is decoded."""
-        return self.weights + self.cache + max(self.drawing, self.decoding)
+        """The most that exists at the same time."""
+        return self.weights + self.working
 
 
 @dataclass(frozen=True)
@@ -156,23 +164,28 @@ def plan(
     guided: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """What drawing a batch of pictures costs; only the last scale is decoded. Nothing is allocated."""
+    """What drawing a batch of pictures costs; only the last scale is decoded. Nothing is allocated.
+
+    Raises ValueError for a batch below 1, and for pictures so large that their bytes cannot be counted in 63 bits.
+    """
     if batch < 1:
         raise ValueError(f"a batch of {batch} draws nothing; give 1 or more")
     schedule = Schedule.of(schedule)
     rows, width = 2 * batch if guided else batch, transformer.width
     hidden, last = round(width * transformer.mlp_ratio), schedule.counts[-1]
-    modulations = MODULATIONS * (1 if transformer.shared_modulation else transformer.depth) + 2
-    convolutions, attention, decoding = _decoding(tokenizer, schedule[-1], batch, dtype)
+    try:
+        convolutions, attention, decoding = _decoding(tokenizer, schedule[-1], batch, dtype)
+        parameters = _transformer_parameters(transformer), _parameters(_empty(Tokenizer, tokenizer, dtype))
+    except (RuntimeError, TypeError) as error:  # tensors without data fail at nothing but their size
+        raise ValueError(f"no machine holds {batch} x {schedule[-1][0]} x {schedule[-1][1]} codes of width {width}; take fewer") from error
     flops = Flops(
         scales=tuple(_scale_flops(transformer, at, batch, rows) for at in schedule.slices),
-        modulation=2 * rows * modulations * width**2,
-        embedding=2 * batch * (schedule.tokens - schedule.first) * transformer.code_width * width,
+        modulation=_modulation_flops(transformer, rows),
+        embedding=_embedding_flops(transformer, schedule, batch),
         decoder_convolutions=convolutions,
         decoder_attention=attention,
         rows_per_picture=rows // batch,
     )
-    parameters = _parameters(Transformer, transformer), _parameters(Tokenizer, tokenizer)
     memory = Memory(
         transformer_weights=parameters[0] * dtype.itemsize,
         tokenizer_weights=parameters[1] * dtype.itemsize,
@@ -182,6 +195,26 @@ def plan(
         decoding=decoding,
     )
     return Plan(transformer, tokenizer, schedule, batch, guided, dtype, *parameters, flops, memory)
+
+
+def training_flops(config: TransformerConfig, schedule: ScheduleLike, batch: int) -> int:
+    """FLOPs of one step of training: three times the forward pass, since the backward pass has two products for each of its products.
+
+    It is the work that the step asks for: a token's attention to what it sees, nothing for scores behind a mask, for what gradient
+    checkpointing computes again, or for the optimiser.
+    """
+    schedule = Schedule.of(schedule)
+    scales = sum(_scale_flops(config, at, batch, batch).total for at in schedule.slices)
+    return 3 * (scales + _modulation_flops(config, batch) + _embedding_flops(config, schedule, batch))
+
+
+def _modulation_flops(config: TransformerConfig, rows: int) -> int:
+    """Of every block, or once where it is shared, and of the head."""
+    return 2 * rows * (MODULATIONS * (1 if config.shared_modulation else config.depth) + 2) * config.width**2
+
+
+def _embedding_flops(config: TransformerConfig, schedule: Schedule, batch: int) -> int:
+    return 2 * batch * (schedule.tokens - schedule.first) * config.code_width * config.width
 
 
 def _scale_flops(config: TransformerConfig, at: slice, batch: int, rows: int) -> ScaleFlops:
@@ -197,22 +230,31 @@ def _scale_flops(config: TransformerConfig, at: slice, batch: int, rows: int) ->
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _parameters(network: Callable[[Any], nn.Module], config: TransformerConfig | TokenizerConfig) -> int:
-    """The parameters of a network, made without its numbers."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in network(config).parameters())
+def _transformer_parameters(config: TransformerConfig) -> int:
+    """By two networks of one and of two blocks, since every further block has as many as the second: so any depth is quickly counted."""
+    one, two = (_parameters(_empty(Transformer, replace(config, depth=depth), torch.float32)) for depth in (1, 2))
+    return one + (config.depth - 1) * (two - one)
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @functools.lru_cache(maxsize=8)
 def _decoding(config: TokenizerConfig, size: Size, batch: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """FLOPs of the decoder's convolutions and of its attention, and the most bytes that its maps take at the same time."""
-    with torch.device("meta"), torch.no_grad():
-        tokenizer = Tokenizer(config).to(dtype)
-        with LiveBytes() as live, FlopCounterMode(display=False) as counter:
-            tokenizer.decode_vectors(torch.empty(batch, config.code_width, *size, dtype=dtype))
+    tokenizer = _empty(Tokenizer, config, dtype)
+    with torch.device("meta"), torch.no_grad(), LiveBytes() as live, FlopCounterMode(display=False) as counter:
+        tokenizer.decode_vectors(torch.empty(batch, config.code_width, *size, dtype=dtype))
     convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
     return convolutions, counter.get_total_flops() - convolutions, live.most
+
+
+@functools.lru_cache(maxsize=8)
+def _empty(network: Callable[[C], N], config: C, dtype: torch.dtype) -> N:
+    """A network without its numbers."""
+    with torch.device("meta"):
+        return network(config).to(dtype)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flexvar.checks import check_whole_numbers
 from flexvar.sampling import Guidance, Sampling
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
 from flexvar.transformer import Transformer, TransformerConfig
@@ -38,9 +39,7 @@ class Defaults:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "num_inference_steps"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ValueError(f"{name} of the defaults is {value!r}; it must be a whole number of at least 1")
+        check_whole_numbers(self, "the defaults", 1, "height", "width", "num_inference_steps")
 
 
 @dataclass(frozen=True)

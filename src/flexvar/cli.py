@@ -33,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
             print(f"flexvar: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-        except (MemoryError, RuntimeError) as error:
-            if "memory" not in str(error).lower():
+        except Exception as error:
+            from flexvar.memory import is_out_of_memory
+
+            if not is_out_of_memory(error):
                 raise
-            print(
-                "flexvar: there is not enough memory for this; take smaller pictures or a smaller batch (see `flexvar plan`)",
-                file=sys.stderr,
-            )
+            line = str(error) if isinstance(error, MemoryError) else ""  # torch's own lines name no mend
+            print(f"flexvar: {line or 'not enough memory; take smaller pictures or a smaller batch (see `flexvar plan`)'}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("flexvar: interrupted; nothing is half-written", file=sys.stderr)
@@ -93,6 +93,15 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("config", type=Path, metavar="CONFIG.yaml")
         added.add_argument("settings", nargs="*", metavar="key=value", help="settings that take the place of the config's")
         added.set_defaults(stage=stage)
+
+    cache = command(
+        "cache", run_cache, "Store the features of a data set, for the training of transformers. Works under torchrun too.",
+        "cache configs/imagenet/cache.yaml tokenizer=runs/tokenizer/model out=data/features",
+    )  # fmt: skip
+    cache.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    cache.add_argument("settings", nargs="*", metavar="key=value", help="settings that take the place of the config's")
+    cache.add_argument("--check", action="store_true", help="instead: read the whole cache again and name what is damaged")
+    _add_overwrite(cache)
 
     convert = command(
         "convert", run_convert, "Turn released .pth files into a model folder, or a folder back into them.",
@@ -214,7 +223,8 @@ def run_sample(words: Words) -> None:
 
 
 def run_train(words: Words) -> None:
-    from flexvar.training.config import TokenizerRun, TransformerRun, read_config
+    from flexvar.training.config import read_config
+    from flexvar.training.settings import TokenizerRun, TransformerRun
 
     kind = TokenizerRun if words.stage == "tokenizer" else TransformerRun
     config = read_config(kind, words.config, words.settings)
@@ -223,9 +233,28 @@ def run_train(words: Words) -> None:
     print(start(config))  # type: ignore[arg-type]
 
 
+def run_cache(words: Words) -> None:
+    from flexvar.training.config import read_config
+    from flexvar.training.settings import CacheRun
+
+    config = read_config(CacheRun, words.config, words.settings)
+    if words.check:
+        from flexvar.data.features import verify
+
+        if complaints := verify(config.out):
+            raise ValueError("; ".join(complaints))
+        print(f"{config.out} is whole")
+        return
+    from flexvar.training.caching import cache_features  # torch comes with it, after the config is known to be right
+
+    print(cache_features(config, words.overwrite))
+
+
 def run_convert(words: Words) -> None:
     from flexvar.pipeline import FlexVARPipeline
 
+    if words.back and (words.tokenizer or words.transformer):
+        raise ValueError("--back writes released files and reads none; leave out --tokenizer and --transformer")
     if words.back:
         for path in FlexVARPipeline.from_pretrained(words.back).save_released(words.out, overwrite=words.overwrite):
             print(path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from flexvar.sampling import Guidance, Sampling, choose, uniform_numbers
 from flexvar.schedule import Schedule, ScheduleLike, Size
@@ -23,13 +24,13 @@ class Step:
     index: int
     size: Size  # (h, w)
     codes: Tensor  # (B, h, w), int64
-    tokenizer: Tokenizer = field(repr=False)
+    decode: Callable[[Tensor], Tensor] = field(repr=False)  # the tokenizer's
 
     @cached_property
     def images(self) -> Tensor:
         """The scale as pictures (B, 3, h·f, w·f), about [-1, 1], not clamped; decoded when first asked for."""
         with torch.no_grad():
-            return self.tokenizer.decode(self.codes)
+            return self.decode(self.codes)
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,21 @@ def _draw(
             # The head is linear and the weights sum to 1, so guiding what it reads is guiding its logits, at half the work.
             with_class, without = read.float().chunk(2)
             read = torch.lerp(without, with_class, weights[k]).to(read.dtype)  # (B, n, D)
-        logits = transformer.head(read).float()  # (B, n, V)
+        logits = full_logits(transformer.head, read)  # (B, n, V)
         codes = choose(logits, numbers[:, at], sampling, greedy[k]).unflatten(1, size)  # (B, h, w)
         if keep is not None:
             codes = keep.apply(k, codes)
-        yield Step(k, size, codes, tokenizer)
+        yield Step(k, size, codes, tokenizer.decode)
+
+
+def full_logits(head: nn.Linear, read: Tensor) -> Tensor:
+    """What the head makes of its input (B, n, D): logits (B, n, V) in float32, also where weights and input are in half precision.
+
+    A layer in half precision rounds its sums to that, and neighbouring logits become equal.
+    """
+    if head.weight.dtype not in (torch.bfloat16, torch.float16):
+        return head(read).float()
+    if read.is_cuda and torch.version.cuda:
+        product = torch.mm(read.flatten(0, 1), head.weight.T, out_dtype=torch.float32)
+        return product.add_(head.bias).unflatten(0, read.shape[:2])
+    return F.linear(read.float(), head.weight.float(), head.bias.float())

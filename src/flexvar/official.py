@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexvar.attention import block_causal_mask
 from flexvar.schedule import Schedule
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
-from flexvar.transformer import Transformer, TransformerConfig, block_causal_mask
+from flexvar.transformer import Transformer, TransformerConfig
 from flexvar.weights import fill
 
 RENAMINGS: tuple[tuple[str, str], ...] = (
@@ -84,8 +85,8 @@ def read_released(path: Path | str) -> dict[str, Tensor]:
     for layer in ("trainer", "var_wo_ddp", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(layer), Mapping):
             content = content[layer]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no table of tensors; a released file is a dictionary of them, bare or under 'model' or 'trainer'")
+    if not isinstance(content, Mapping) or not content or not all(_is_plain(value) for value in content.values()):
+        raise ValueError(f"{path} holds no table of plain tensors; a released file is one, bare or under 'model' or 'trainer'")
     return {str(name): tensor for name, tensor in content.items() if not WITHOUT_MEANING.search(str(name))}
 
 
@@ -144,9 +145,14 @@ def to_released(module: Tokenizer | Transformer) -> dict[str, Tensor]:
     width, depth = module.config.width, module.config.depth
     released |= {f"blocks.{i}.attn.zero_k_bias": torch.zeros(width) for i in range(depth)}
     schedule = Schedule.named("10")
-    mask = torch.zeros(schedule.tokens, schedule.tokens).masked_fill(~block_causal_mask(schedule, torch.device("cpu")), -torch.inf)
+    mask = torch.zeros(schedule.tokens, schedule.tokens).masked_fill(~block_causal_mask(schedule.counts, torch.device("cpu")), -torch.inf)
     released["attn_bias_for_masking"] = mask[None, None]
     return released
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor of real numbers, all of them written out."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_complex()
 
 
 def _released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from flexvar import zoo
 from flexvar.checkpoint import Defaults, Model, load, save
 from flexvar.data import fitted, imagenet_classes, upright_rgb
 from flexvar.generation import Step, generate
+from flexvar.memory import Drawing
 from flexvar.official import read_released, to_released, tokenizer_from_released, transformer_from_released
 from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
 from flexvar.schedule import Schedule, ScheduleLike, grid_of
@@ -68,7 +69,7 @@ class FlexVARPipeline:
         """Loads onto the CPU, in float32, ready to draw.
 
         name: in this order, a bundled model ("emoji"), a released one ("flexvar-d16", "-d20", "-d24": fetched and converted once), a
-        folder, or a Hub id. Raises ValueError, FileNotFoundError or ConnectionError, in one line.
+        folder (a Path is nothing else), or a Hub id. Raises ValueError or OSError, in one line: what is missing, damaged or offline.
         """
         return cls(load(model_folder(name)))
 
@@ -82,7 +83,9 @@ class FlexVARPipeline:
         classes = drawn.config.classes
         names = tuple(name for _, name in imagenet_classes()) if classes == 1000 else tuple(f"class {i}" for i in range(classes))
         side = drawn.config.trained_grid * painted.config.downsample
-        provenance = {"converted from": [Path(tokenizer).name, Path(transformer).name], "licence": "MIT (the authors of FlexVAR)"}
+        files = {"tokenizer": Path(tokenizer), "transformer": Path(transformer)}
+        seen = {part: {"file": path.name, "sha256": zoo.sha256(path)} for part, path in files.items()}
+        provenance = {"converted from": seen, "licence": "MIT (the authors of FlexVAR)"}
         return cls(Model(painted, drawn, names, Defaults(side, side), provenance))
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -133,7 +136,7 @@ class FlexVARPipeline:
         _check_output_type(output_type)
         listed = _listed(class_labels)
         labels, seeds = self.labels_of(listed), seeds_of(settings.pop("seed", None), len(listed))
-        at_once = len(listed) if batch_size is None else batch_size
+        at_once = len(listed) if batch_size is None else _integer(batch_size, "batch_size")
         if at_once < 1:
             raise ValueError(f"batch_size is {at_once}; draw at least 1 picture at a time")
         drawn = []
@@ -168,18 +171,17 @@ class FlexVARPipeline:
         split_guidance: draws with and without the class in turn, for less memory.
         top_k, top_p, temperature, greedy: see `Sampling`.
         seed: one a picture, or one integer s for s, s + 1, ...; None draws them.
-        Raises ValueError, in one line, for an unknown class, an impossible size or schedule, and settings out of range.
+        Raises ValueError, in one line, for an unknown class, an impossible size or schedule, and settings out of range; MemoryError,
+        naming the largest size that fits, where memory runs out.
         """
         labels = self.labels_of(class_labels)
-        return generate(
-            self.tokenizer,
-            self.transformer,
-            labels,
-            self.schedule_of(height, width, num_inference_steps, schedule),
-            guidance=self.guidance_of(guidance, guidance_scale, split_guidance),
-            sampling=self.sampling_of(top_k, top_p, temperature, greedy),
-            seeds=seeds_of(seed, len(labels)),
-        )
+        grids = self.schedule_of(height, width, num_inference_steps, schedule)
+        guiding = self.guidance_of(guidance, guidance_scale, split_guidance)
+        choosing = self.sampling_of(top_k, top_p, temperature, greedy)
+        seeds = seeds_of(seed, len(labels))
+        with self._drawing(grids, len(labels), guiding) as drawing:
+            steps = generate(self.tokenizer, self.transformer, labels, grids, guidance=guiding, sampling=choosing, seeds=seeds)
+        return _watched(steps, drawing)
 
     @torch.no_grad()
     def reconstruct(
@@ -192,14 +194,23 @@ class FlexVARPipeline:
         _check_output_type(output_type)
         if not isinstance(image, Image.Image):
             raise ValueError(f"the image is a {type(image).__name__}; give a PIL picture, for example from PIL.Image.open")
+        if 0 in image.size:
+            raise ValueError(f"the image has {image.height} x {image.width} pixels; give one that has some")
         image, f = upright_rgb(image), self.tokenizer.config.downsample
-        height = max(f, image.height // f * f) if height is None else height
-        width = max(f, image.width // f * f) if width is None else width
+        height = max(f, image.height // f * f) if height is None else _integer(height, "a side")
+        width = max(f, image.width // f * f) if width is None else _integer(width, "a side")
         grid = grid_of(height, width, f)
         weight = self.tokenizer.after_codes.weight
         pixels = torch.from_numpy(np.array(fitted(image, (height, width)))).permute(2, 0, 1)[None]
-        (codes,) = self.tokenizer.codes(self.tokenizer.features(pixels.to(weight) / 127.5 - 1), [grid])
-        return FlexVAROutput(_as(self.tokenizer.decode(codes).float().cpu(), output_type), [], [])
+        with self._drawing(Schedule((grid,)), 1, Guidance("constant", 1.0)):
+            (codes,) = self.tokenizer.codes(self.tokenizer.features(pixels.to(weight) / 127.5 - 1), [grid])
+            return FlexVAROutput(_as(self.tokenizer.decode(codes).float().cpu(), output_type), [], [])
+
+    def _drawing(self, schedule: Schedule, batch: int, guidance: Guidance) -> Drawing:
+        """What is about to be drawn, so that running out of memory is told with the size that fits."""
+        transformer, weight = self.transformer.config, self.transformer.head.weight
+        guided = any(factor != 1 for factor in guidance.weights(schedule, transformer.trained_grid))
+        return Drawing(transformer, self.tokenizer.config, schedule, batch, guided, weight.dtype, weight.device)
 
     # -- what the words mean --
 
@@ -278,11 +289,16 @@ def model_folder(name: str | Path) -> Path:
         return folder
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        raise FileNotFoundError(
-            f"there is no model folder {name}; bundled and released models are {', '.join([*zoo.BUNDLED, *zoo.RELEASED])}"
-        )
+    if isinstance(name, Path) or Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise FileNotFoundError(f"there is no model folder {name}; bundled and released models are {', '.join(zoo.NAMES)}")
     return zoo.fetch_folder(str(name))
+
+
+def _watched(steps: Iterator[Step], drawing: Drawing) -> Iterator[Step]:
+    """The steps as they are drawn; where memory runs out, in drawing or in decoding one of them, the error names what fits."""
+    with drawing:
+        for step in steps:
+            yield replace(step, decode=drawing(step.decode))
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -36,4 +36,24 @@ def resample(table: Tensor, size: tuple[int, int], mode: PositionMode) -> Tensor
             table = F.interpolate(table[None].float(), beyond, mode="bilinear", align_corners=False)[0].to(table.dtype)
     elif mode != "area":
         raise ValueError(f"no way to resample positions is named {mode!r}; there are 'area' and 'smooth'")
-    return F.adaptive_avg_pool2d(table, size).flatten(1).T  # (h·w, D)
+    return area_averaged(table, size).flatten(1).T  # (h·w, D)
+
+
+def area_averaged(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (..., C, H, W) averaged over the area of each cell of a grid: (..., C, h, w), adaptive average pooling."""
+    if maps.device.type == "mps":  # torch pools there only where the sides divide one another
+        return averaged_by_matrices(maps, size)
+    return F.adaptive_avg_pool2d(maps, size)
+
+
+def averaged_by_matrices(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """The same by a product of matrices on each axis."""
+    rows, columns = (_shares(n, m).to(maps.device) for n, m in zip(maps.shape[-2:], size, strict=True))  # (h, H), (w, W)
+    return (rows @ maps.float() @ columns.T).to(maps.dtype)  # (..., C, h, w)
+
+
+def _shares(cells: int, parts: int) -> Tensor:
+    """The share (parts, cells) of each cell in the average of each part; a part begins and ends at whole cells and may share them."""
+    part, cell = torch.arange(parts)[:, None], torch.arange(cells)
+    inside = (cell >= part * cells // parts) & (cell < ((part + 1) * cells + parts - 1) // parts)
+    return inside / inside.sum(1, keepdim=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from operator import index
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ Greedy: TypeAlias = Literal["none", "official"] | tuple[int | Size, ...]
 
 OFFICIAL_SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
 """Square scales that the released evaluation samples; it draws all others with top-k 1 (released code; not in the paper)."""
+
+LARGEST_SCALE = 1e30  # of guidance, so that logits and weights stay within float32
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.kind not in get_args(GuidanceKind):
             raise ValueError(f"no guidance is of kind {self.kind!r}; there are {', '.join(get_args(GuidanceKind))}")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"the guidance scale is {self.scale}; give a finite number, 1 (or 0 for the official ramp) switches it off")
+        if not _is_finite(self.scale) or abs(self.scale) > LARGEST_SCALE:
+            raise ValueError(f"the guidance scale is {self.scale!r}; give a finite number, 1 (or 0 for the official ramp) switches it off")
 
     def weights(self, schedule: Iterable[Size], trained_grid: int = 16) -> tuple[float, ...]:
         """w at each scale; 1 means that the unconditional half does not count."""
@@ -64,17 +67,20 @@ class Sampling:
     greedy: Greedy = "official"
 
     def __post_init__(self) -> None:
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; give 0 for all candidates or a number of them")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; give a probability from 0 to 1")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (top_k=1 always takes the most likely code)")
-        if isinstance(self.greedy, str):
-            if self.greedy not in ("none", "official"):
-                raise ValueError(f"greedy is {self.greedy!r}; give 'none', 'official' or a list of scales")
-        else:
-            object.__setattr__(self, "greedy", tuple((s, s) if hasattr(s, "__index__") else tuple(s) for s in self.greedy))
+        if not hasattr(self.top_k, "__index__") or self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k!r}; give 0 for all candidates or a number of them")
+        if not _is_finite(self.top_p) or not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; give a probability from 0 to 1")
+        if not _is_finite(self.temperature) or self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature!r}; give a number above 0 (top_k=1 always takes the most likely code)")
+        given: Any = self.greedy
+        if isinstance(given, str) and given in ("none", "official"):
+            return
+        try:
+            pairs = [(scale, scale) if hasattr(scale, "__index__") else scale for scale in given]
+            object.__setattr__(self, "greedy", tuple((index(h), index(w)) for h, w in pairs))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"greedy is {given!r}; give 'none', 'official' or a list of scales") from error
 
     def greedy_scales(self, schedule: Iterable[Size], trained_grid: int = 16) -> tuple[bool, ...]:
         """For each scale, whether it is drawn with top-k 1."""
@@ -83,6 +89,11 @@ class Sampling:
         if self.greedy == "official":
             return tuple(h * w > trained_grid**2 or (h == w and h not in OFFICIAL_SAMPLED_SIDES) for h, w in schedule)
         return tuple(size in self.greedy for size in schedule)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number, and a finite one."""
+    return hasattr(value, "__float__") and math.isfinite(value)
 
 
 def uniform_numbers(seeds: Sequence[int], tokens: int) -> Tensor:

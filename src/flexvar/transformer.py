@@ -1,26 +1,24 @@
 """The transformer: says the codes of every scale from the scales before it (paper, section 3.2).
 
-The whole sequence at once in training (`forward`, under a mask), scale by scale in sampling (`step`, with a cache). It draws no random
-numbers: labels and paths are dropped by the trainer, who hands in the result.
+The whole sequence at once in training (`forward`), scale by scale in sampling (`step`, with a cache). It draws no random numbers: labels
+and paths are dropped by the trainer, who hands in the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from flexvar.attention import Attend, AttentionName, attention_named
 from flexvar.kv_cache import KeyValueCache
 from flexvar.position import PositionMode, initial_table, resample
 from flexvar.schedule import Schedule, ScheduleLike, Size
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values (B, H, n, D / H) of new tokens to what they attend to (B, H, n, D / H)."""
 
 MODULATIONS = 6
 LARGEST_SCALE = math.log(100)
@@ -211,11 +209,22 @@ class Transformer(nn.Module):
 
     # -- the two ways to run it --
 
-    def forward(self, labels: Tensor, inputs: Tensor, schedule: ScheduleLike, *, paths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        labels: Tensor,
+        inputs: Tensor,
+        schedule: ScheduleLike,
+        *,
+        paths: Tensor | None = None,
+        attention: AttentionName = "by-scale",
+        recompute: bool = False,
+    ) -> Tensor:
         """Teacher forcing: logits (B, L, V), float32, of all scales at once.
 
         labels: (B,), int64. inputs: (B, L - first, C), from `Tokenizer.inputs`. paths: (depth, 2, B), the factor of each residual path
-        when some are dropped (stochastic depth: 0, or one over the kept share).
+        when some are dropped (stochastic depth: 0, or one over the kept share). attention: the way to compute it, without a change in
+        what it gives. recompute: compute what is inside the blocks again in the backward pass instead of keeping it (gradient
+        checkpointing): a third more work, a fraction of the memory.
         """
         schedule = Schedule.of(schedule)
         if inputs.shape[1] != schedule.tokens - schedule.first:
@@ -227,13 +236,10 @@ class Transformer(nn.Module):
         for size, at in zip(schedule.sizes[1:], schedule.slices[1:], strict=True):
             scales.append(self.embed(inputs[:, at.start - schedule.first : at.stop - schedule.first], size))
         x = torch.cat(scales, 1)  # (B, L, D)
-        mask = block_causal_mask(schedule, x.device)  # (L, L)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-
+        attend = attention_named(attention, schedule.counts, x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, condition.blocks[i], attend, None if paths is None else paths[i])  # (B, L, D)
+            given = (x, condition.blocks[i], attend, None if paths is None else paths[i])
+            x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False) if recompute else block(*given)  # (B, L, D)
         return self.head(self.read_out(x, condition)).float()  # (B, L, V)
 
     def step(self, x: Tensor, condition: Condition, cache: KeyValueCache) -> Tensor:
@@ -254,9 +260,3 @@ class Transformer(nn.Module):
         return KeyValueCache(
             config.depth, batch, config.heads, tokens, config.width // config.heads, dtype=weight.dtype, device=weight.device
         )
-
-
-def block_causal_mask(schedule: Schedule, device: torch.device) -> Tensor:
-    """(L, L) bool, True where row attends to column: a token sees its own scale and all earlier ones."""
-    scale = torch.tensor([k for k, count in enumerate(schedule.counts) for _ in range(count)], device=device)  # (L)
-    return scale[:, None] >= scale

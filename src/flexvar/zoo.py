@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from importlib.resources import files
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 BUNDLED = ("emoji",)
 RELEASED_REPOSITORY = "jiaosiyu1999/FlexVAR"
@@ -25,7 +26,6 @@ class Released:
     parameters: str
     fid: float  # 50,000 pictures, 10 steps
     inception_score: float
-    sha256: str | None = None  # unknown until a download has shown it
 
 
 RELEASED = {
@@ -33,6 +33,11 @@ RELEASED = {
     "flexvar-d20": Released("FlexVARd20-epo249.pth", "608 M", 2.41, 299.3),
     "flexvar-d24": Released("FlexVARd24-epo349.pth", "1041 M", 2.21, 299.1),
 }
+
+NAMES = (*BUNDLED, *RELEASED)
+
+SHA256: dict[str, str] = {}
+"""Of released files, by name. None is known yet: a converted model's provenance says what was seen, for whoever can compare it."""
 
 
 def bundled_folder(name: str) -> Path:
@@ -47,9 +52,11 @@ def cache_folder() -> Path:
 
 
 def fetch_released(name: str) -> tuple[Path, Path]:
-    """The released files of tokenizer and transformer, downloaded unless the Hub's cache has them."""
-    fetch = huggingface_hub.hf_hub_download
-    return _fetched(fetch, RELEASED_REPOSITORY, RELEASED_TOKENIZER), _fetched(fetch, RELEASED_REPOSITORY, RELEASED[name].file)
+    """The released files of tokenizer and transformer, downloaded unless the Hub's cache has them.
+
+    Raises ValueError for a file whose sha256 is known and another.
+    """
+    return _checked(RELEASED_TOKENIZER), _checked(RELEASED[name].file)
 
 
 def fetch_folder(repository: str) -> Path:
@@ -57,16 +64,36 @@ def fetch_folder(repository: str) -> Path:
     return _fetched(huggingface_hub.snapshot_download, repository, allow_patterns=MODEL_FILES)
 
 
+def sha256(path: Path | str) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked(file: str) -> Path:
+    """A released file, downloaded and compared with the sha256 that is known for it."""
+    path = _fetched(huggingface_hub.hf_hub_download, RELEASED_REPOSITORY, file)
+    if file in SHA256 and (seen := sha256(path)) != SHA256[file]:
+        raise ValueError(f"{path.resolve()} has sha256 {seen} instead of {SHA256[file]}; delete it, so that it is fetched again")
+    return path
+
+
 def _fetched(fetch: Any, repository: str, *what: str, **options: Any) -> Path:
     """What a download gives, or one line that says why it does not."""
     try:
         return Path(fetch(repository, *what, **options))
     except (RepositoryNotFoundError, HFValidationError) as error:
-        known = ", ".join([*BUNDLED, *RELEASED])
-        raise ValueError(f"{repository!r} is no model: not a bundled or released name ({known}), not a folder, not on the Hub") from error
+        raise ValueError(
+            f"{repository!r} is no model: not a bundled or released name ({', '.join(NAMES)}), not a folder, not open to you on the Hub"
+        ) from error
     except LocalEntryNotFoundError as error:
-        raise ConnectionError(f"{repository} is not in the Hub's cache and cannot be reached; go online once, or give a folder") from error
+        raise ConnectionError(
+            f"{repository} is not in the Hub's cache and cannot be reached; go online once, or give a folder or one of {', '.join(BUNDLED)}"
+        ) from error
     except EntryNotFoundError as error:
         raise ValueError(f"{repository} on the Hub does not hold {' '.join(what) or 'a model folder'}") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ConnectionError(f"{repository} could not be fetched ({type(error).__name__}); go online, or give a folder") from error
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConnectionError(f"{repository} could not be fetched ({reason}); go online, or give a folder") from error
+    except OSError as error:  # a full disk, or a folder in which nothing may be written
+        raise OSError(f"{repository} could not be kept ({error}); see to the Hub's cache folder, or name another in HF_HOME") from error

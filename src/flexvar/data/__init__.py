@@ -1,20 +1,34 @@
-"""Labelled pictures to train on: folders of pictures, emoji scenes, drawn shapes."""
+"""Labelled pictures to train on: folders, Hugging Face data sets, tar shards, emoji, shapes; and the cache of their features."""
 
 from flexvar.data.emoji import WELL_KNOWN, EmojiScenes, every_emoji
-from flexvar.data.images import ImageFolder, fitted, imagenet_classes, open_picture, upright_rgb
+from flexvar.data.features import CacheSettings, CacheWriter, FeatureCache, FixedViews
+from flexvar.data.hub import HubPictures
+from flexvar.data.images import Augmentation, ImageFolder, fitted, imagenet_classes, open_picture, upright_rgb
 from flexvar.data.shapes import Shapes
+from flexvar.data.shards import HubStream, Sample, ShardSource, TarShards, shuffled
 from flexvar.data.source import PictureSource, write_pictures
 
 __all__ = [
     "WELL_KNOWN",
+    "Augmentation",
+    "CacheSettings",
+    "CacheWriter",
     "EmojiScenes",
+    "FeatureCache",
+    "FixedViews",
+    "HubPictures",
+    "HubStream",
     "ImageFolder",
     "PictureSource",
+    "Sample",
     "Shapes",
+    "ShardSource",
+    "TarShards",
     "every_emoji",
     "fitted",
     "imagenet_classes",
     "open_picture",
+    "shuffled",
     "upright_rgb",
     "write_pictures",
 ]

@@ -1,9 +1,13 @@
 """Folders of pictures: read in whatever form they come, resized and cropped to the size asked for."""
 
+import io
 import json
+import math
 import os
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,17 +19,43 @@ from flexvar.data.source import check_request
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """How a picture becomes one of the size asked for.
+
+    It is resized to cover the size times a factor drawn from the range `resize`, cropped at a random place and, with
+    `flip`, mirrored every second time. Where it is not `random` (evaluation), it is resized to just cover the size and
+    cropped at the centre, and `resize` and `flip` have no effect.
+
+    Raises ValueError for a `resize` that is not 1 <= smallest <= largest.
+    """
+
+    flip: bool = True
+    resize: tuple[float, float] = (1.0, 1.136)
+    random: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.resize[0] <= self.resize[1] < math.inf:
+            raise ValueError(f"resize is {tuple(self.resize)}: give (smallest, largest) factors of at least 1")
+
+    def apply(self, picture: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        """A picture of mode RGB at `size` = (height, width): uint8 (height, width, 3)."""
+        if not self.random:
+            return np.array(fitted(picture, size))
+        factor = rng.uniform(*self.resize)
+        place_x, place_y, chance = rng.random(3)
+        cropped = fitted(picture, size, factor, (place_x, place_y))
+        return np.array(ImageOps.mirror(cropped) if self.flip and chance < 0.5 else cropped)
+
+
 class ImageFolder:
     """A PictureSource over a folder of class folders, in sorted order: `root`/<class>/**/*.png, jpg, jpeg, webp or bmp.
 
     A folder that holds pictures and no class folders is one class with the folder's name. Folders with ImageNet's
     names (n01440764) get the class's English name (tench).
 
-    With `augment`, a picture is resized to cover the size asked for times a factor drawn from the range `resize`,
-    cropped at a random place and, with `flip`, mirrored every second time. Without it (evaluation), it is resized to
-    just cover the size and cropped at the centre, and `resize` and `flip` have no effect.
-
-    Files that cannot be read are collected in `unreadable`, with one warning each (per process).
+    `flip`, `resize` and `augment` make the `Augmentation`, which calls the last one `random`. Files that cannot be read
+    are collected in `unreadable`, with one warning each (per process).
 
     Raises FileNotFoundError for a folder that is missing or has no pictures, and ValueError for an empty class folder,
     pictures beside class folders, or a `resize` that is not 1 <= smallest <= largest.
@@ -38,10 +68,8 @@ class ImageFolder:
         resize: tuple[float, float] = (1.0, 1.136),
         augment: bool = True,
     ) -> None:
-        if not 1 <= resize[0] <= resize[1]:
-            raise ValueError(f"resize is {tuple(resize)}: give (smallest, largest) factors of at least 1")
+        self.augmentation = Augmentation(flip, resize, augment)
         self.root = Path(root)
-        self.flip, self.resize, self.augment = flip, resize, augment
         self.unreadable: list[Path] = []
         classes = _classes_in(self.root)
         names = dict(imagenet_classes())
@@ -60,24 +88,10 @@ class ImageFolder:
         check_request(index, len(self), size)
         for step in range(len(self)):
             path, label = self.pictures[(index + step) % len(self)]
-            if path in self.unreadable:
-                continue
-            try:
-                picture = open_picture(path)
-            except (OSError, ValueError) as error:
-                self.unreadable.append(path)
-                warnings.warn(f"skipped a picture: {error}", stacklevel=2)
-                continue
-            return self._fit(picture, size, rng), label
+            picture = readable(path, partial(open_picture, path), self.unreadable)
+            if picture is not None:
+                return self.augmentation.apply(picture, size, rng), label
         raise ValueError(f"none of the {len(self)} pictures in {self.root} can be read: check the files")
-
-    def _fit(self, picture: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        if not self.augment:
-            return np.array(fitted(picture, size))
-        factor = rng.uniform(*self.resize)
-        place_x, place_y, chance = rng.random(3)
-        cropped = fitted(picture, size, factor, (place_x, place_y))
-        return np.array(ImageOps.mirror(cropped) if self.flip and chance < 0.5 else cropped)
 
 
 def fitted(picture: Image.Image, size: tuple[int, int], factor: float = 1.0, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
@@ -101,14 +115,31 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no picture {path}: check the path")
+    return decoded(path, path)
+
+
+def decoded(stored: bytes | str | os.PathLike[str], name: object) -> Image.Image:
+    """The picture in the content of a file, or in a file, as `open_picture` gives it; `name` is for the error."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
             return upright_rgb(image)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image: replace or remove it") from None
+        raise ValueError(f"{name} is not an image: replace or remove it") from None
     except (Exception, Image.DecompressionBombError) as error:  # decoders raise anything on damaged data
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read ({reason}): replace or remove it") from None
+        raise ValueError(f"{name} cannot be read ({reason}): replace or remove it") from None
+
+
+def readable(name: Path, decode: Callable[[], Image.Image], unreadable: list[Path]) -> Image.Image | None:
+    """What `decode` gives; None where it cannot: then, once, `name` joins `unreadable` and a warning says why."""
+    if name in unreadable:
+        return None
+    try:
+        return decode()
+    except (OSError, ValueError) as error:
+        unreadable.append(name)
+        warnings.warn(f"skipped a picture: {error}", stacklevel=3)
+        return None
 
 
 @lru_cache(maxsize=1)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexvar.checks import check_whole_numbers
+from flexvar.position import area_averaged
 from flexvar.schedule import Schedule, ScheduleLike, Size, grid_of
 from flexvar.tokenizer.networks import Decoder, Encoder
 from flexvar.tokenizer.quantizer import Quantizer
@@ -30,9 +32,7 @@ class TokenizerConfig:
     code_width: int = 32  # C
 
     def __post_init__(self) -> None:
-        for name in ("channels", "blocks", "z_channels", "norm_groups", "codebook_size", "code_width"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ValueError(f"{name} of the tokenizer is {value!r}; it must be a whole number of at least 1")
+        check_whole_numbers(self, "the tokenizer", 1, "channels", "blocks", "z_channels", "norm_groups", "codebook_size", "code_width")
         levels = self.multipliers
         if not isinstance(levels, tuple) or not levels or any(type(level) is not int or level < 1 for level in levels):
             raise ValueError(f"multipliers of the tokenizer are {levels!r}; give a tuple with a whole number of at least 1 for each level")
@@ -84,7 +84,7 @@ class Tokenizer(nn.Module):
     @staticmethod
     def pooled(features: Tensor, size: Size) -> Tensor:
         """The feature map at a scale, channels last (B, h, w, C)."""
-        return F.adaptive_avg_pool2d(features, size).permute(0, 2, 3, 1)
+        return area_averaged(features, size).permute(0, 2, 3, 1)
 
     def lift(self, codes: Tensor, size: Size) -> Tensor:
         """Codes (B, h, w) of one scale as the input (B, C, h', w') of the next: unit vectors, resized bicubically, not normalised again."""

@@ -1,4 +1,4 @@
-"""The one training loop: steps, averaged weights, reports, sheets, checkpoints; stopped at any time, the same command goes on.
+"""The one training loop: steps, averaged weights, reports, measurements, sheets, checkpoints. The same command goes on where it stopped.
 
 A workshop says what a loss is; the loop does the rest. Run it alone or under `torchrun`.
 """
@@ -6,253 +6,245 @@ A workshop says what a loss is; the loop does the rest. Run it alone or under `t
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import signal
 import time
-from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flexvar.checkpoint import Model, save
-from flexvar.data.source import PictureSource
-from flexvar.training.config import OptimiserConfig, RunConfig, write_config
-from flexvar.training.order import Batch, Steps
-from flexvar.writing import write_whole
+from flexvar.training.meter import Meter, Work, matrix_rate, nested
+from flexvar.training.optimiser import learning_rate, parameter_groups, precision
+from flexvar.training.order import Batch
+from flexvar.training.run_folder import RunFolder
+from flexvar.training.settings import RunConfig
+from flexvar.training.workshop import Workshop
 
-STATE, LOG, CONFIG, MODEL, SHEETS = "state.pt", "log.jsonl", "config.yaml", "model", "sheets"
-
-
-class Workshop(nn.Module):
-    """What is trained: a module whose forward takes a batch and gives the loss and the figures to report."""
-
-    @property
-    @abstractmethod
-    def network(self) -> nn.Module:
-        """The part whose weights are learnt, averaged and kept."""
-
-    @abstractmethod
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of a batch, and figures by name, scalars or one a scale."""
-
-    def after_step(self, step: int, optimiser: torch.optim.Optimizer) -> None:
-        """Runs when a step is done, for what is not learnt by gradients."""
-
-    @abstractmethod
-    def sheet(self, network: nn.Module, path: Path) -> None:
-        """Draws a picture to look at, with the averaged weights."""
-
-    @abstractmethod
-    def finished(self, network: nn.Module, provenance: dict[str, Any]) -> Model:
-        """The model to keep, with the averaged weights."""
+Batches = Callable[[int, int, int], "DataLoader[Batch]"]
+"""The batches of this process from a step to another, and for a stream from a shard on: (first step, last step, first shard)."""
 
 
-def learning_rate(step: int, steps: int, config: OptimiserConfig) -> float:
-    """Linear from 0.5 % over the warm-up, flat, then linear to the end (released code; paper, section 4.1)."""
-    progress = step / steps
-    if progress < config.warm_up:
-        return config.learning_rate * (0.005 + 0.995 * progress / config.warm_up)
-    decline = max(0.0, (progress - config.warm_up - config.flat) / max(1e-9, 1 - config.warm_up - config.flat))
-    return config.learning_rate * (1 - (1 - config.end) * min(1.0, decline))
-
-
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights that decay, and those that do not: anything with one axis, and what a network names in `WITHOUT_DECAY`."""
-    named: set[str] = set()
-    for prefix, module in network.named_modules():
-        named |= {f"{prefix}.{name}".lstrip(".") for name in getattr(module, "WITHOUT_DECAY", ())}
-    decaying: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        (others if parameter.ndim <= 1 or name in named else decaying).append(parameter)
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def pick_device() -> torch.device:
-    """The accelerator of this process, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-@contextmanager
-def processes(device: torch.device) -> Iterator[tuple[int, int]]:
-    """Joins the other processes when started by `torchrun`; gives (rank, number of processes)."""
-    if "WORLD_SIZE" not in os.environ:
-        yield 0, 1
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size()
-    finally:
-        dist.destroy_process_group()
-
-
-def train(workshop: Workshop, source: PictureSource, config: RunConfig, *, rank: int, world: int, device: torch.device) -> Path:
-    """Trains until `config.steps`; gives the model folder. Goes on from the run folder's checkpoint when there is one."""
-    return _Run(workshop, source, config, rank, world, device).train()
+def train(
+    workshop: Workshop, batches: Batches, held_out: list[Batch], config: RunConfig, *, rank: int, world: int, device: torch.device
+) -> Path:
+    """Trains until `config.steps`; gives the model folder. Goes on from the run folder's newest checkpoint when there is one."""
+    return _Run(workshop, batches, held_out, config, rank, world, device).train()
 
 
 class _Run:
     """The state of one run on one process."""
 
-    def __init__(self, workshop: Workshop, source: PictureSource, config: RunConfig, rank: int, world: int, device: torch.device) -> None:
-        self.config, self.rank, self.device, self.folder = config, rank, device, Path(config.run)
-        self.workshop = workshop.to(device)
-        self.network = workshop.network
+    def __init__(
+        self, workshop: Workshop, batches: Batches, held_out: list[Batch], config: RunConfig, rank: int, world: int, device: torch.device
+    ) -> None:
+        self.config, self.rank, self.device = config, rank, device
+        self.folder = RunFolder(Path(config.run), config.keep)
+        self.workshop, self.network = workshop.to(device), workshop.network
+        self.batches, self.held_out = batches, held_out
+        self.dtype = precision(config.precision, device)
         self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.network, config.optimiser.weight_decay),
+            parameter_groups(workshop, config.optimiser.weight_decay),
             lr=config.optimiser.learning_rate,
             betas=(config.optimiser.betas[0], config.optimiser.betas[1]),
+            fused=True,
         )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
-        self.data = Steps(source, config.seed, config.batch, config.sizes, rank, world)
+        self.meter, self.work, self.matrix_rate = Meter(), Work(), 0.0
         self.step = 0
         self.seconds = 0.0  # spent training, over all pieces of the run
+        self.skipped = self.skipped_in_a_row = 0
+        self.best: tuple[int, float] | None = None  # step and loss of the best measurement
+        self.shards: dict[int, int] = {}  # of a stream: the shard that each lane is at
+        self.first_shard = 0
+        self.unreadable: set[str] = set()
         self.stopping = False
         self._resume()
-        self.wrapped = DistributedDataParallel(self.workshop) if world > 1 else self.workshop
+        for part in workshop.to_compile() if config.compile else []:
+            part.compile(backend=config.compile, dynamic=True)
+        self.wrapped: nn.Module = self.workshop
+        if world > 1:  # an adversary learns nothing until its first step
+            self.wrapped = DistributedDataParallel(self.workshop, find_unused_parameters=workshop.adversary is not None)
 
     def train(self) -> Path:
         if self.step >= self.config.steps:
-            self._say(f"{self.folder} is finished ({self.step} steps); raise steps= to go on")
-            return self.folder / MODEL
-        workers = self.config.workers
-        loader = DataLoader(
-            self.data, batch_size=None, sampler=range(self.step, self.config.steps), num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
+            self._say(f"{self.folder.path} is finished ({self.step} steps); raise steps= to go on")
+            return self.folder.model
+        self.matrix_rate = matrix_rate(self.device, self.dtype)
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._run(iter(loader), bar)
+            self._run(iter(self.batches(self.step, self.config.steps, self.first_shard)), bar)
         finally:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        unreadable = getattr(self.data.source, "unreadable", [])
-        if unreadable:
-            names = ", ".join(path.name for path in unreadable[:3])
-            self._say(f"{len(unreadable)} pictures could not be read and were skipped: {names}{' ...' if len(unreadable) > 3 else ''}")
+        if self.unreadable:
+            names = ", ".join(sorted(Path(name).name for name in self.unreadable)[:3])
+            more = " ..." if len(self.unreadable) > 3 else ""
+            self._say(f"{len(self.unreadable)} pictures could not be read and were skipped: {names}{more}")
         if self.stopping:
             self._say(f"stopped at step {self.step} and saved; the same command goes on")
             raise KeyboardInterrupt
-        return self.folder / MODEL
+        return self.folder.model
 
     def _run(self, batches: Iterator[Batch], bar: tqdm[Any]) -> None:
-        config, began, pictures = self.config, time.perf_counter(), 0
-        rates: list[tuple[int, float]] = []  # pictures and seconds since the last report
+        config, began, reported_at, seconds = self.config, time.perf_counter(), self.step, 0.0
         self.workshop.train()
         for batch in batches:
-            loss, figures, norm, rate = self._one(batch.to(self.device))
+            norm, rate = self._one(batch)
             self.step += 1
-            pictures += config.batch
             bar.update()
-            last = self.step == config.steps or self._all_stopping()
+            self.shards[batch.lane] = batch.shard
+            self.unreadable.update(batch.unreadable)
+            broken = self.skipped_in_a_row >= config.bad_steps
+            last = self.step == config.steps or broken or self._all_stopping()
             reporting, saving = (last or self.step % every == 0 for every in (config.report_every, config.save_every))
             if reporting or saving:
-                for figure in (loss, *figures.values()):
-                    self._average_over_processes(figure)
-                if not math.isfinite(loss.item()):
-                    raise FloatingPointError(
-                        f"the loss is {loss.item()} at step {self.step}; lower the learning rate, the last checkpoint is whole"
-                    )
+                averages = self.meter.averages() if reporting else {}  # waits for the device
                 passed, began = time.perf_counter() - began, time.perf_counter()
-                self.seconds += passed
-                rates.append((pictures, passed))
-                pictures = 0
+                self.seconds, seconds = self.seconds + passed, seconds + passed
             if reporting:
-                report: dict[str, Any] = {"step": self.step, "loss": loss.item(), "gradient_norm": norm, "learning_rate": rate}
-                report |= {name: value.tolist() for name, value in figures.items()}
-                drawn, took = (sum(column) for column in zip(*rates, strict=True))
-                report |= {"pictures_per_second": drawn / took, "seconds": self.seconds}
-                self._report(report)
-                rates.clear()
+                figures: dict[str, Any] = {"loss": averages.pop("loss", None), "gradient_norm": norm, "learning_rate": rate}
+                self._report(figures | nested(averages) | self._speed(self.step - reported_at, seconds))
+                reported_at, seconds = self.step, 0.0
             if saving:
                 self._save()
-                began = time.perf_counter()
             if self.rank == 0 and (self.step % config.sheet_every == 0 or self.step == config.steps):
-                (self.folder / SHEETS).mkdir(exist_ok=True)
-                self.workshop.sheet(self.average, self.folder / SHEETS / f"step-{self.step:07d}.png")
+                self.workshop.sheet(self.average, self.folder.sheets / f"step-{self.step:07d}.png")
+            if reporting or saving:
+                began = time.perf_counter()
+            if broken:
+                raise FloatingPointError(
+                    f"{self.skipped_in_a_row} steps in a row had no finite gradient; step {self.step} is saved as it was before them: "
+                    "lower the learning rate, or ask for precision=fp32"
+                )
             if last:
                 return
 
-    def _one(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], float, float]:
-        """One step of the optimiser and of the average."""
-        options = self.config.optimiser
-        rate = learning_rate(self.step, self.config.steps, options)
+    def _one(self, batch: Batch) -> tuple[float, float]:
+        """One step of the optimiser and of the average; gives the norm of the gradient and the learning rate."""
+        config, options = self.config, self.config.optimiser
+        rate = learning_rate(self.step, config.steps, options)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss, figures = self.wrapped(batch)
+            group["lr"] = rate * group["rate"]
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), options.clip or math.inf)
-        self.optimiser.step()
-        self.workshop.after_step(self.step + 1, self.optimiser)
-        decay = min(options.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
-        return loss.detach(), figures, norm.item(), rate
+        added, figures_of_parts = self.workshop.work(batch), []
+        self.work = Work(self.work.tokens + added.tokens, self.work.flops + added.flops)
+        parts = batch.to(self.device).parts(config.accumulate)
+        for i, part in enumerate(parts):
+            with self._gradients_stay_here(i + 1 < len(parts)), self._autocast():
+                loss, figures = self.wrapped(part)
+            self.scaler.scale(loss / len(parts)).backward()
+            figures_of_parts.append(figures)
+        self.scaler.unscale_(self.optimiser)
+        clip = options.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), clip).item()
+        if self.workshop.adversary is not None:
+            nn.utils.clip_grad_norm_(self.workshop.adversary.parameters(), clip)
+        if math.isfinite(norm):
+            self.scaler.step(self.optimiser)
+            self.workshop.after_step(self.step + 1, self.optimiser)
+            decay = min(options.ema, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+            for figures in figures_of_parts:
+                self.meter.add(figures)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.scaler.update()
+        return norm, rate
 
-    @staticmethod
-    def _average_over_processes(figure: Tensor) -> None:
-        if dist.is_initialized() and figure.is_floating_point():
-            dist.all_reduce(figure)
-            figure /= dist.get_world_size()
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    # -- what lies in the run folder --
+    def _gradients_stay_here(self, yes: bool) -> AbstractContextManager[None]:
+        """Whether the gradients of a part of a step wait for the other parts before they are averaged over the processes."""
+        return self.wrapped.no_sync() if yes and isinstance(self.wrapped, DistributedDataParallel) else nullcontext()
+
+    # -- what is said and kept --
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, Any]:
+        """Pictures, tokens and the share of the device's matrix rate, all processes together; memory on CUDA."""
+        speed: dict[str, Any] = {"pictures_per_second": steps * self.config.batch / seconds}
+        if self.work.tokens:
+            world = dist.get_world_size() if dist.is_initialized() else 1
+            speed["tokens_per_second"] = world * self.work.tokens / seconds
+            speed["share_of_matrix_rate"] = self.work.flops / seconds / self.matrix_rate
+        self.work = Work()
+        if self.device.type == "cuda":
+            speed["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return speed | {"skipped_steps": self.skipped, "seconds": self.seconds}
+
+    def _report(self, figures: dict[str, Any]) -> None:
+        if self.rank != 0:
+            return
+        self.folder.report({"step": self.step} | figures)
+        short = {"step": self.step} | {name: value for name, value in figures.items() if isinstance(value, float)}
+        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in short.items() if name != "seconds"))
 
     def _save(self) -> None:
         workshop = self.workshop.state_dict()  # on all processes, as some of it may be gathered from them
+        first_shard = self._earliest_shard()
         if self.rank != 0:
             return
+        measured = self._measure()
+        loss = measured.get("loss", math.inf)
+        is_best = loss < (self.best[1] if self.best else math.inf)
+        if is_best:
+            self.best = (self.step, loss)
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "skipped": self.skipped,
+            "first_shard": first_shard,
+            "best": self.best,
             "workshop": workshop,
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
-        write_whole(self.folder / STATE, lambda path: torch.save(state, path))
+        self.folder.write_checkpoint(self.step, state, self.best[0] if self.best else None)
         provenance = {
             "trained": {"steps": self.step, "pictures": self.step * self.config.batch, "seconds": round(self.seconds)},
             "config": OmegaConf.to_container(OmegaConf.structured(self.config)),
         }
-        save(self.workshop.finished(self.average, provenance), self.folder / MODEL, overwrite=True)
+        self.folder.write_model(self.workshop.finished(self.average, provenance), is_best)
+        if measured:
+            self.folder.report({"step": self.step, "measured": measured, "best": is_best})
+
+    def _measure(self) -> dict[str, Any]:
+        with torch.no_grad(), self._autocast():
+            return self.workshop.measured(self.average, [batch.to(self.device) for batch in self.held_out]) if self.held_out else {}
+
+    def _earliest_shard(self) -> int:
+        """Of a stream: the first shard that some lane has not finished."""
+        earliest = torch.tensor(min(self.shards.values(), default=0), device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(earliest, dist.ReduceOp.MIN)
+        return int(earliest)
 
     def _resume(self) -> None:
-        path = self.folder / STATE
-        if path.is_file():
-            self._load(path)
-        if self.rank != 0:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / LOG).is_file():  # what was reported after the checkpoint will be reported again
-            lines = [line for line in (self.folder / LOG).read_text(encoding="utf-8").splitlines() if self._reported(line)]
-            write_whole(self.folder / LOG, lambda path: path.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
-        changed = write_config(self.config, self.folder / CONFIG)
-        if changed and self.step:
-            self._say(f"{self.folder} goes on at step {self.step} with other settings than before: {', '.join(changed)}")
+        newest = self.folder.newest()
+        if newest:
+            self._load(newest)
+        if self.rank == 0:
+            changed = self.folder.begin(self.config, self.step)
+            if changed and self.step:
+                self._say(f"{self.folder.path} goes on at step {self.step} with other settings than before: {', '.join(changed)}")
 
     def _load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:  # torch raises anything on damaged files
-            raise ValueError(f"{path} is damaged; remove it to begin anew, or choose another run= folder") from error
+        state = self.folder.read(path, self.device)
         try:
             self.workshop.load_state_dict(state["workshop"])
         except RuntimeError as error:
@@ -262,22 +254,10 @@ class _Run:
         self.optimiser.load_state_dict(state["optimiser"])
         for group, settings in zip(self.optimiser.param_groups, groups, strict=True):
             group.update(settings)  # the config's settings, not those of the checkpoint
-        self.step, self.seconds = state["step"], state["seconds"]
-
-    def _reported(self, line: str) -> bool:
-        """Whether a line of the log is whole and from before the checkpoint."""
-        try:
-            return bool(json.loads(line)["step"] <= self.step)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            return False
-
-    def _report(self, report: dict[str, Any]) -> None:
-        if self.rank != 0:
-            return
-        with (self.folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
-        short = {name: f"{value:.4g}" for name, value in report.items() if isinstance(value, float | int) and name != "seconds"}
-        tqdm.write("  ".join(f"{name} {value}" for name, value in short.items()))
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.best, self.first_shard = state["best"], state["first_shard"]
 
     def _say(self, text: str) -> None:
         if self.rank == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from flexvar.data.source import PictureSource
 
-PICTURE, LABEL, PATHS = 0, 1, 2
+PICTURE, LABEL, PATHS, SHUFFLE = 0, 1, 2, 3
 """What a random stream of a position is for."""
 
 
@@ -28,12 +28,26 @@ class Batch:
     """One process's share of a step."""
 
     step: int
-    images: Tensor  # (B, 3, H, W) uint8
+    pictures: Tensor  # (B, 3, H, W) uint8; from a feature cache their feature maps (B, C, h, w) float16
     labels: Tensor  # (B,) int64
     positions: tuple[int, ...]  # of each picture in the endless sequence
+    unreadable: tuple[str, ...] = ()  # names of all pictures that were passed over so far, since they are damaged
+    shard: int = 0  # of a stream: the place, in the endless sequence of shards, of the one that was read last
+    lane: int = 0  # of a stream: which of the readers side by side
+
+    @property
+    def cached(self) -> bool:
+        """Whether these are feature maps."""
+        return self.pictures.is_floating_point()
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.step, self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.positions)
+        return replace(self, pictures=self.pictures.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True))
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in so many parts of the same length."""
+        length = len(self.positions) // count
+        at = [slice(start, start + length) for start in range(0, length * count, length)]
+        return [replace(self, pictures=self.pictures[i], labels=self.labels[i], positions=self.positions[i]) for i in at]
 
 
 def step_random(seed: int, step: int, purpose: str = "") -> random.Random:
@@ -63,21 +77,35 @@ class Steps(Dataset[Batch]):
     def __init__(
         self, source: PictureSource, seed: int, batch: int, sizes: Sequence[Sequence[int]], rank: int = 0, processes: int = 1
     ) -> None:
-        if batch % processes:
-            raise ValueError(f"a batch of {batch} pictures cannot be shared among {processes} processes; make it a multiple")
         if not len(source):
             raise ValueError("there are no pictures to train on")
         self.source, self.seed, self.batch = source, seed, batch
         self.sizes = [(int(height), int(width)) for height, width in sizes]
-        self.share = range(rank * batch // processes, (rank + 1) * batch // processes)
+        share = shared(batch, processes)
+        self.share = range(rank * share, (rank + 1) * share)
 
     def __getitem__(self, step: int) -> Batch:
         size = step_random(self.seed, step, "size").choice(self.sizes)
         positions = tuple(step * self.batch + place for place in self.share)
         drawn = [self._picture(position, size) for position in positions]
-        images = torch.from_numpy(np.stack([picture for picture, _ in drawn])).permute(0, 3, 1, 2)
-        return Batch(step, images, torch.tensor([label for _, label in drawn]), positions)
+        unreadable = tuple(str(path) for path in getattr(self.source, "unreadable", ()))
+        return Batch(step, *stacked(drawn), positions, unreadable)
 
     def _picture(self, position: int, size: tuple[int, int]) -> tuple[np.ndarray, int]:
         index = picture_at(self.seed, position, len(self.source))
         return self.source.draw(index, size, position_random(self.seed, position, PICTURE))
+
+
+def shared(batch: int, processes: int) -> int:
+    """Pictures of a step for each process; ValueError when they do not come out even."""
+    if batch % processes:
+        raise ValueError(f"a batch of {batch} pictures cannot be shared among {processes} processes; make it a multiple")
+    return batch // processes
+
+
+def stacked(drawn: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, H, W) uint8, or feature maps (B, C, h, w) float16 as they are, and labels (B,)."""
+    pictures = torch.from_numpy(np.stack([picture for picture, _ in drawn]))
+    if pictures.dtype == torch.uint8:
+        pictures = pictures.permute(0, 3, 1, 2).contiguous()
+    return pictures, torch.tensor([label for _, label in drawn])

@@ -2,53 +2,146 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import signal
+from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
-from flexvar.checkpoint import load
-from flexvar.data import EmojiScenes, ImageFolder, PictureSource, Shapes
-from flexvar.training.config import DataConfig, TokenizerRun, TransformerRun
-from flexvar.training.loop import Workshop, pick_device, processes, train
+from flexvar.checkpoint import TOKENIZER, load
+from flexvar.data import Augmentation, EmojiScenes, FeatureCache, FixedViews, HubPictures, HubStream, ImageFolder, PictureSource, Shapes
+from flexvar.data.shards import ShardSource, TarShards
+from flexvar.pipeline import model_folder
+from flexvar.training.initial import begin_from
+from flexvar.training.loop import Batches, train
+from flexvar.training.order import Batch, Steps, shared
+from flexvar.training.processes import pick_device, processes
+from flexvar.training.settings import DataConfig, RunConfig, TokenizerRun, TransformerRun
+from flexvar.training.stream import Stream
 from flexvar.training.tokenizer import TokenizerWorkshop
 from flexvar.training.transformer import TransformerWorkshop
+from flexvar.training.workshop import Workshop
 
 EXAMPLES = 8
-
-
-def open_source(config: DataConfig) -> PictureSource:
-    """The pictures that a config asks for."""
-    if config.kind == "emoji":
-        return EmojiScenes(config.classes or None, views=config.views)
-    if config.kind == "shapes":
-        return Shapes(views=config.views)
-    if not config.path:
-        raise ValueError("data.path is empty; name the folder of class folders with pictures")
-    return ImageFolder(Path(config.path), flip=config.flip, resize=(config.resize[0], config.resize[1]))
+MEASURED_AT_ONCE = 64
+UNSEEN = 1_000_003  # added to the seed for pictures that are drawn to measure on
+MOST_WORKERS = 8
 
 
 def start(config: TokenizerRun | TransformerRun) -> Path:
     """Trains as the config says, or goes on from where the run stopped; gives the model folder."""
-    source, device = open_source(config.data), pick_device()
+    device = pick_device()
     with processes(device) as (rank, world):
         torch.manual_seed(config.seed)
+        source = open_source(config.data, config.seed)
+        held_out = open_source(config.data, config.seed, held_out=True) if config.measure else None
         workshop: Workshop
         if isinstance(config, TokenizerRun):
-            workshop = TokenizerWorkshop(config, examples(source, config))
+            workshop = TokenizerWorkshop(config, examples(held_out or source, config))
         else:
             if not config.tokenizer:
                 raise ValueError("tokenizer is empty; name the model folder of a trained tokenizer")
-            workshop = TransformerWorkshop(config, load(config.tokenizer), source.class_names)
-        return train(workshop, source, config, rank=rank, world=world, device=device)
+            workshop = TransformerWorkshop(config, load(model_folder(config.tokenizer)), source.class_names)
+            if held_out and held_out.class_names != source.class_names:
+                raise ValueError(f"{config.data.held_out} has other classes than {config.data.path}; both need the same class folders")
+            if isinstance(source, FeatureCache):
+                _check_tokenizer(source, model_folder(config.tokenizer))
+        if config.init_from:
+            begin_from(config.init_from, workshop.network, source.class_names)
+        measured = _measured_batches(held_out, config, world) if held_out and rank == 0 else []
+        return train(workshop, batches_of(source, config, rank, world), measured, config, rank=rank, world=world, device=device)
 
 
-def examples(source: PictureSource, config: TokenizerRun) -> torch.Tensor:
-    """A few pictures (N, 3, H, W) uint8 for the sheets, spread over the source."""
-    size = (config.sizes[0][0], config.sizes[0][1])
+def open_source(config: DataConfig, seed: int, held_out: bool = False) -> PictureSource | ShardSource:
+    """The pictures that a config asks for; to train on, or those that were held out, as they are.
+
+    Where none were held out, those to train on stand in for them, without augmentation. Drawn pictures follow from the seed.
+    """
+    augmentation = Augmentation(config.flip, (config.resize[0], config.resize[1]), random=not held_out)
+    elsewhere = config.held_out if held_out and config.held_out else ""
+    if config.kind == "emoji":
+        source: PictureSource = EmojiScenes(config.classes or None, views=config.views)
+    elif config.kind == "shapes":
+        source = Shapes(views=config.views)
+    elif not config.path:
+        raise ValueError("data.path is empty; name the folder of class folders with pictures, or what data.kind asks for")
+    elif config.kind == "folder":
+        source = ImageFolder(Path(elsewhere or config.path), flip=config.flip, resize=augmentation.resize, augment=augmentation.random)
+    elif config.kind == "features":
+        return FeatureCache(Path(elsewhere or config.path))
+    elif config.kind == "shards":
+        return TarShards(elsewhere or config.path, config.classes or None, augmentation)
+    elif config.kind == "hub-stream":
+        return HubStream(config.path, elsewhere or config.split, config.image, config.label, augmentation, config.classes or None)
+    else:
+        source = HubPictures(config.path, elsewhere or config.split, config.image, config.label, augmentation)
+    return FixedViews(source, seed, config.fixed_views) if config.fixed_views and not held_out else source
+
+
+def batches_of(source: PictureSource | ShardSource, config: RunConfig, rank: int, world: int) -> Batches:
+    """What the loop asks for its batches."""
+    workers = config.workers if config.workers >= 0 else spare_cores()
+
+    def batches(step: int, last: int, first_shard: int) -> DataLoader[Batch]:
+        share = (config.seed, config.batch, config.sizes, rank, world)
+        steps = Steps(source, *share) if isinstance(source, PictureSource) else None
+        return DataLoader(
+            steps or Stream(cast(ShardSource, source), *share, config.data.shuffle, step, first_shard),
+            batch_size=None,
+            sampler=range(step, last) if steps else None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_loop,
+        )
+
+    return batches
+
+
+def spare_cores() -> int:
+    """Processes for preparing pictures, beside each training process of this machine: 1 to 8."""
+    return max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+def _leave_signals_to_the_loop(_: int) -> None:
+    """Ctrl-C reaches all processes; the loop still needs its batch to finish the step and save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _measured_batches(source: PictureSource | ShardSource, config: RunConfig, world: int) -> list[Batch]:
+    """The same few batches of pictures at every measurement."""
+    size = min(shared(config.batch, world) // config.accumulate, MEASURED_AT_ONCE)
+    if isinstance(source, PictureSource):
+        steps = Steps(source, config.seed + UNSEEN, size, config.sizes)
+        return [steps[i] for i in range(config.measure)]
+    return list(islice(Stream(source, config.seed + UNSEEN, size, config.sizes, shuffle=config.data.shuffle), config.measure))
+
+
+def _check_tokenizer(cache: FeatureCache, folder: Path) -> None:
+    if digest(folder) != cache.settings.tokenizer_sha256:
+        raise ValueError(f"{cache.folder} was made with another tokenizer than {folder}; cache the features again, with this one")
+
+
+def digest(folder: Path) -> str:
+    """The sha256 of a model folder's tokenizer."""
+    with (folder / TOKENIZER).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def examples(source: PictureSource | ShardSource, config: TokenizerRun) -> torch.Tensor:
+    """A few pictures (N, 3, H, W) uint8 for the sheets, of different classes where that is known beforehand."""
+    sizes = [config.sizes[0]]
+    if not isinstance(source, PictureSource):
+        return next(iter(Stream(source, config.seed, EXAMPLES, sizes, shuffle=config.data.shuffle))).pictures
     count = min(EXAMPLES, len(source))
-    indices = [len(source) * i // count for i in range(count)]
-    if config.data.kind != "folder":
-        indices = [len(source.class_names) * i // count for i in range(count)]
-    drawn = [source.draw(index, size, np.random.default_rng((config.seed, index)))[0] for index in indices]
-    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+    drawn = config.data.kind in ("emoji", "shapes")  # label = index % classes
+    indices = [(len(source.class_names) if drawn else len(source)) * i // count for i in range(count)]
+    size = (sizes[0][0], sizes[0][1])
+    pictures = [source.draw(index, size, np.random.default_rng((config.seed + UNSEEN, index)))[0] for index in indices]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)

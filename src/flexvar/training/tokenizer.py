@@ -1,7 +1,8 @@
 """The tokenizer's workshop: every picture is rebuilt from several scales of its codes (paper, section 3.1).
 
 Where the paper is silent: the K - 1 random scales are different ones, their longer sides drawn evenly below the native one's, in the
-picture's own aspect ratio; the target of a scale is the picture averaged down to that scale's own pixel size; all scales count alike.
+picture's own aspect ratio; the target of a scale is the picture reduced to that scale's own pixels; all scales count alike; perceptual and
+adversarial terms leave out the scales whose pictures are too small for them. docs/training.md tells what was measured.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexvar.checkpoint import Defaults, Model
-from flexvar.schedule import Size, grid_of
+from flexvar.evaluation.lpips import LPIPS, load_lpips
+from flexvar.evaluation.lpips import SMALLEST as SMALLEST_FOR_LPIPS
+from flexvar.evaluation.reconstruction import quality_by_scale, use_of_all
+from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.sheet import sheet, to_pil
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
-from flexvar.training.config import TokenizerRun
-from flexvar.training.loop import Workshop
+from flexvar.training import losses
+from flexvar.training.adversary import Discriminator, generator_loss, hinge_loss, judged_without_learning
+from flexvar.training.meter import Figures
 from flexvar.training.order import Batch, step_random
+from flexvar.training.settings import TokenizerRun
+from flexvar.training.workshop import Workshop
+
+SETTLING = 0.2  # of the steps, at the end, in which no code starts anew: the last that did need time
 
 
 class TokenizerWorkshop(Workshop):
@@ -29,21 +38,106 @@ class TokenizerWorkshop(Workshop):
     def __init__(self, config: TokenizerRun, examples: Tensor) -> None:
         super().__init__()
         self.config = config
-        shape = config.model
-        self.tokenizer = Tokenizer(
-            TokenizerConfig(
-                channels=shape.channels,
-                multipliers=tuple(shape.multipliers),
-                blocks=shape.blocks,
-                z_channels=shape.z_channels,
-                norm_groups=shape.norm_groups,
-                codebook_size=shape.codebook_size,
-                code_width=shape.code_width,
-            )
-        )
+        self.tokenizer = Tokenizer(TokenizerConfig(**(vars(config.model) | {"multipliers": tuple(config.model.multipliers)})))
+        self.adversary = self._adversary()
+        self.adversary_rate = config.adversary.learning_rate
+        self.frozen: list[LPIPS] = self._lpips()  # in a list, so that it is not one of this module's own parts
         self.examples = examples  # (N, 3, H, W) uint8, for the sheets
-        self.used = torch.zeros(shape.codebook_size)  # since unused codes were last looked for; each process counts its own share
+        self.used = torch.zeros(config.model.codebook_size)  # since unused codes were last looked for; each process counts its own share
         self.latest = torch.empty(0)  # feature vectors (N, C) of the last batch, from which codes start anew
+
+    def _adversary(self) -> Discriminator | None:
+        asked = self.config.adversary
+        if not asked.weight:
+            return None
+        discriminator = Discriminator(asked.channels, asked.layers)
+        if self.config.smallest < discriminator.smallest:
+            raise ValueError(
+                f"smallest is {self.config.smallest} px, too small for a discriminator of {asked.layers} layers; "
+                f"give at least {discriminator.smallest}"
+            )
+        return discriminator
+
+    def _lpips(self) -> list[LPIPS]:
+        asked = self.config.perceptual
+        if not asked.weight:
+            return []
+        if self.config.smallest < SMALLEST_FOR_LPIPS:
+            raise ValueError(f"smallest is {self.config.smallest} px, too small for LPIPS; give at least {SMALLEST_FOR_LPIPS}")
+        return [load_lpips(asked.vgg, asked.linear)]
+
+    @property
+    def network(self) -> Tokenizer:
+        return self.tokenizer
+
+    def to_compile(self) -> list[nn.Module]:
+        return [self.tokenizer.encoder, self.tokenizer.decoder]
+
+    # -- the loss --
+
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
+        assert isinstance(network, Tokenizer)
+        config, images = self.config, batch.pictures / 127.5 - 1  # (B, 3, H, W)
+        features = network.features(images).float()  # (B, C, h, w)
+        native = grid_of(images.shape[-2], images.shape[-1], network.config.downsample)
+        sizes = random_scales(config.scales, native, step_random(config.seed, batch.step, "scales"))
+        quantising = batch.step >= config.continuous * config.steps
+        terms: dict[str, list[Tensor]] = {}
+        vectors: list[Tensor] = []
+        for size in sizes:
+            z = F.normalize(network.pooled(features, size), dim=-1)  # (B, h, w, C)
+            codes = network.quantizer.nearest(z)  # (B, h, w)
+            e = network.quantizer.lookup(codes)  # (B, h, w, C)
+            through = losses.past_codes(z, e, config.gradient) if quantising else z
+            rebuilt = network.decode_vectors(through.permute(0, 3, 1, 2)).float()  # (B, 3, h·f, w·f)
+            target = losses.reduced(images, (rebuilt.shape[-2], rebuilt.shape[-1]), config.target)
+            towards_features, towards_codes = losses.commitment(z, e)
+            scale = {"l1": F.l1_loss(rebuilt, target), "l2": F.mse_loss(rebuilt, target), "codebook": towards_features}
+            scale["commitment"] = towards_codes * quantising
+            if config.entropy:
+                scale["entropy"] = losses.entropy(z, network.quantizer.codebook)
+            if self.frozen or self._opposed(network, batch.step):
+                scale |= self._as_seen(rebuilt, target, opposed=self._opposed(network, batch.step))
+            for name, term in scale.items():
+                terms.setdefault(name, []).append(term)
+            self.used += torch.bincount(codes.flatten(), minlength=len(self.used)).cpu()
+            vectors.append(z.detach().reshape(-1, z.shape[-1]))
+        self.latest = torch.cat(vectors)
+        # All scales count alike, those too: a term that leaves some out is still divided by all of them.
+        means = {name: torch.stack(values).sum() / len(sizes) for name, values in terms.items()}
+        total = sum((weight * means[name] for name, weight in self._weights().items() if name in means), images.new_zeros(()))
+        figures = {name: mean.detach() for name, mean in means.items() if name != "l2"}
+        figures |= {"loss": total.detach(), "psnr": -10 * torch.log10(terms["l2"][-1].detach() / 4)}
+        figures["codes_in_use"] = (self.used > 0).float().mean().to(total.device)
+        return total + means.get("discriminator", 0), figures
+
+    def _weights(self) -> dict[str, float]:
+        """Of the terms that make up the tokenizer's own loss."""
+        config = self.config
+        weights = {"l1": config.l1, "l2": config.l2, "codebook": config.codebook, "commitment": config.commitment}
+        return weights | {"entropy": config.entropy, "perceptual": config.perceptual.weight, "adversarial": config.adversary.weight}
+
+    def _opposed(self, network: nn.Module, step: int) -> bool:
+        """Whether the adversary takes part: in training, from its first step on."""
+        return self.adversary is not None and network.training and step >= self.config.adversary.start
+
+    def _as_seen(self, rebuilt: Tensor, target: Tensor, opposed: bool) -> Figures:
+        """The terms that look at more than single pixels, where the scale's pictures are large enough for them."""
+        ours = losses.seen(rebuilt, self.config.smallest, self.config.small)
+        real = losses.seen(target, self.config.smallest, self.config.small)
+        if ours is None or real is None:
+            return {}
+        scale: Figures = {}
+        if self.frozen:
+            self.frozen[0].to(rebuilt.device)
+            scale["perceptual"] = self.frozen[0](ours, real).mean()
+        if opposed:
+            assert isinstance(self.adversary, Discriminator)
+            scale["adversarial"] = generator_loss(judged_without_learning(self.adversary, ours))
+            scale["discriminator"] = hinge_loss(self.adversary(real), self.adversary(ours.detach()))
+        return scale
+
+    # -- the codes --
 
     def _used_anywhere(self) -> Tensor:
         """How often each code was used, on all processes together."""
@@ -59,38 +153,6 @@ class TokenizerWorkshop(Workshop):
         first = not dist.is_initialized() or dist.get_rank() == 0
         self.used = state.cpu().clone() if first else torch.zeros_like(self.used)
 
-    @property
-    def network(self) -> Tokenizer:
-        return self.tokenizer
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        config, images = self.config, batch.images / 127.5 - 1  # (B, 3, H, W)
-        features = self.tokenizer.features(images).float()  # (B, C, h, w)
-        native = grid_of(images.shape[-2], images.shape[-1], self.tokenizer.config.downsample)
-        sizes = random_scales(config.scales, native, step_random(config.seed, batch.step, "scales"))
-        quantising = batch.step >= config.continuous * config.steps
-        loss, errors, vectors = images.new_zeros(()), [], []
-        for size in sizes:
-            z = F.normalize(self.tokenizer.pooled(features, size), dim=-1)  # (B, h, w, C)
-            codes = self.tokenizer.quantizer.nearest(z)  # (B, h, w)
-            e = self.tokenizer.quantizer.lookup(codes)  # (B, h, w, C)
-            through = z + (e - z).detach() if quantising else z  # the gradient goes past the codes
-            rebuilt = self.tokenizer.decode_vectors(through.permute(0, 3, 1, 2))  # (B, 3, h·f, w·f)
-            target = F.adaptive_avg_pool2d(images, (rebuilt.shape[-2], rebuilt.shape[-1]))
-            l2 = F.mse_loss(rebuilt.float(), target)
-            loss = loss + config.l2 * l2 + config.l1 * F.l1_loss(rebuilt.float(), target)
-            # As sums over the code's width: on the unit sphere the mean over it would shrink the pull as codes get wider.
-            loss = loss + config.codebook * (e - z.detach()).pow(2).sum(-1).mean()
-            loss = loss + quantising * config.commitment * (e.detach() - z).pow(2).sum(-1).mean()
-            self.used += torch.bincount(codes.flatten(), minlength=len(self.used)).cpu()
-            errors.append(l2.detach())
-            vectors.append(z.detach().reshape(-1, z.shape[-1]))
-        self.latest = torch.cat(vectors)
-        return loss / len(sizes), {
-            "psnr": -10 * torch.log10(errors[-1] / 4),
-            "codes_in_use": (self.used > 0).float().mean().to(loss.device),
-        }
-
     @torch.no_grad()
     def after_step(self, step: int, optimiser: torch.optim.Optimizer) -> None:
         every = self.config.restart_every
@@ -98,8 +160,8 @@ class TokenizerWorkshop(Workshop):
             return
         unused = (self._used_anywhere() == 0).nonzero()[:, 0]
         self.used.zero_()
-        if step > 0.8 * self.config.steps:
-            return  # the last codes that were started need time to settle
+        if step > (1 - SETTLING) * self.config.steps:
+            return
         chosen = torch.randint(len(self.latest), (len(unused),), generator=torch.Generator().manual_seed(step))
         fresh = self.latest[chosen.to(self.latest.device)]  # (unused, C)
         if dist.is_initialized():
@@ -109,6 +171,20 @@ class TokenizerWorkshop(Workshop):
         for name in ("exp_avg", "exp_avg_sq"):
             if name in optimiser.state[codebook]:
                 optimiser.state[codebook][name][unused] = 0
+
+    # -- what is seen of it --
+
+    def measured(self, network: nn.Module, batches: list[Batch]) -> dict[str, Any]:
+        """The native scale's distance, by which the best checkpoint is chosen, and the quality of every scale of the default schedule."""
+        assert isinstance(network, Tokenizer)
+        by_size: dict[Size, list[Tensor]] = {}
+        for batch in batches:
+            by_size.setdefault((batch.pictures.shape[-2], batch.pictures.shape[-1]), []).append(batch.pictures / 127.5 - 1)
+        images = max(by_size.values(), key=len)  # of the size that came most often
+        grid = grid_of(images[0].shape[-2], images[0].shape[-1], network.config.downsample)
+        scales = quality_by_scale(network, images, Schedule.for_grid(*grid))
+        by_scale = {f"{h}x{w}": scale.means() for scale in scales for h, w in [scale.size]}
+        return {"loss": by_scale["x".join(map(str, grid))]["l1"], "use": use_of_all(scales), "by_scale": by_scale}
 
     def sheet(self, network: nn.Module, path: Path) -> None:
         """Rows: the pictures, what the native scale rebuilds, and two coarser scales enlarged."""

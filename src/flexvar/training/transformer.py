@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexvar.accounting import training_flops
 from flexvar.checkpoint import Defaults, Model
 from flexvar.generation import generate
 from flexvar.sampling import Guidance, Sampling
-from flexvar.schedule import Schedule, grid_of
+from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.sheet import sheet, to_pil
-from flexvar.training.config import TransformerRun
-from flexvar.training.loop import Workshop
+from flexvar.training.meter import Figures, Meter, Work, nested
 from flexvar.training.order import LABEL, PATHS, Batch, position_random, step_random
+from flexvar.training.settings import TransformerRun
+from flexvar.training.workshop import Workshop
 from flexvar.transformer import Transformer, TransformerConfig
 
 
@@ -29,46 +31,51 @@ class TransformerWorkshop(Workshop):
         super().__init__()
         self.config, self.class_names = config, class_names
         self.frozen = [tokenizer]  # in a list, so that it is not one of this module's own parts
-        shape = config.model
+        shape, painted = vars(config.model).copy(), tokenizer.tokenizer.config
+        shape["trained_grid"] = shape["trained_grid"] or largest_grid(config.sizes, painted.downsample)
         self.transformer = Transformer(
-            TransformerConfig(
-                depth=shape.depth,
-                width=shape.width,
-                heads=shape.heads,
-                mlp_ratio=shape.mlp_ratio,
-                classes=len(class_names),
-                codebook_size=tokenizer.tokenizer.config.codebook_size,
-                code_width=tokenizer.tokenizer.config.code_width,
-                trained_grid=shape.trained_grid or largest_grid(config.sizes, tokenizer.tokenizer.config.downsample),
-                table_side=shape.table_side,
-                positions=shape.positions,
-                shared_modulation=shape.shared_modulation,
-            )
+            TransformerConfig(**shape, classes=len(class_names), codebook_size=painted.codebook_size, code_width=painted.code_width)
         )
+        self.transformer.initialise(config.gain_factor)
 
     @property
     def network(self) -> Transformer:
         return self.transformer
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        tokenizer = self.frozen[0].tokenizer.to(batch.images.device)
-        with torch.no_grad(), torch.autocast(batch.images.device.type, enabled=False):
-            features = tokenizer.features(batch.images / 127.5 - 1)  # (B, C, h, w)
-            h, w = features.shape[-2:]
-            schedule = Schedule.random(self.config.schedules, step_random(self.config.seed, batch.step, "schedule"), h, w)
+    def to_compile(self) -> list[nn.Module]:
+        return list(self.transformer.blocks)
+
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
+        assert isinstance(network, Transformer)
+        config, tokenizer = self.config, self.frozen[0].tokenizer.to(batch.pictures.device)
+        with torch.no_grad(), torch.autocast(batch.pictures.device.type, enabled=False):
+            features = batch.pictures if batch.cached else tokenizer.features(batch.pictures / 127.5 - 1)  # (B, C, h, w)
+            features = features.half().float()  # as a cache keeps them, so that training from one is the same
+            schedule = self._schedule(batch.step, (features.shape[-2], features.shape[-1]))
             codes = tokenizer.codes(features, schedule)
             inputs = tokenizer.inputs(codes, schedule)  # (B, L - first, C)
         targets = torch.cat([scale.flatten(1) for scale in codes], 1)  # (B, L)
-        logits = self.transformer(self._labels(batch), inputs, schedule, paths=self._paths(batch))  # (B, L, V)
+        labels, paths = (self._labels(batch), self._paths(batch)) if network.training else (batch.labels, None)
+        recompute = config.recompute and network.training
+        logits = network(labels, inputs, schedule, paths=paths, attention=config.attention, recompute=recompute)  # (B, L, V)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)  # (B, L)
-        right = (logits.argmax(-1) == targets).float()
-        return losses.mean(), {
-            "accuracy": right.mean(),
-            "loss_by_scale": torch.stack([losses[:, at].detach().mean() for at in schedule.slices]),
-            "accuracy_by_scale": torch.stack([right[:, at].mean() for at in schedule.slices]),
-            "scales": torch.tensor(schedule.sizes),
-            "untrained_loss": losses.new_tensor(math.log(logits.shape[-1])),
-        }
+        right = (logits.detach().argmax(-1) == targets).float()
+        figures = {"loss": losses.mean().detach(), "accuracy": right.mean()}
+        for (h, w), at in zip(schedule, schedule.slices, strict=True):
+            figures |= {f"loss/{h}x{w}": losses[:, at].detach().mean(), f"accuracy/{h}x{w}": right[:, at].mean()}
+        return losses.mean(), figures
+
+    def _schedule(self, step: int, grid: Size) -> Schedule:
+        """The scales of a step, the same on all processes."""
+        if finest := self.config.finest:
+            grid = max(1, grid[0] * finest // max(grid)), max(1, grid[1] * finest // max(grid))
+        return Schedule.random(self.config.schedules, step_random(self.config.seed, step, "schedule"), *grid)
+
+    def work(self, batch: Batch) -> Work:
+        downsample = 1 if batch.cached else self.frozen[0].tokenizer.config.downsample
+        h, w = (side // downsample for side in batch.pictures.shape[-2:])
+        schedule, pictures = self._schedule(batch.step, (h, w)), len(batch.positions)
+        return Work(pictures * schedule.tokens, training_flops(self.transformer.config, schedule, pictures))
 
     def _labels(self, batch: Batch) -> Tensor:
         """The labels, some of them dropped for the null class."""
@@ -84,7 +91,16 @@ class TransformerWorkshop(Workshop):
         rates = torch.linspace(0, self.config.drop_path, depth)[:, None, None]
         chances = [position_random(self.config.seed, position, PATHS).random((depth, 2)) for position in batch.positions]
         chance = torch.stack([torch.from_numpy(c) for c in chances], -1)
-        return ((chance >= rates) / (1 - rates)).to(batch.images.device, torch.float32)
+        return ((chance >= rates) / (1 - rates)).to(batch.pictures.device, torch.float32)
+
+    # -- what is seen of it --
+
+    def measured(self, network: nn.Module, batches: list[Batch]) -> dict[str, Any]:
+        """Loss and accuracy with all labels and paths, over all scales and by scale; and what guessing gives."""
+        meter = Meter()
+        for batch in batches:
+            meter.add(self.loss(network, batch)[1])
+        return {**nested(meter.averages(alone=True)), "loss_of_guessing": math.log(self.transformer.config.codebook_size)}
 
     def sheet(self, network: nn.Module, path: Path) -> None:
         """Samples at fixed seeds: a row for each of the picture sizes, all of `sheet_labels`."""

@@ -1,0 +1,88 @@
+"""What training looked like: `python -m benchmarks.curves RUN [RUN ...] --out curves.png`, from the logs of runs (needs matplotlib).
+
+A row a run. Of a tokenizer: its loss, the PSNR of batches and of pictures held out, the codes in use. Of a transformer: its loss beside
+that of guessing, and loss and accuracy scale by scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+
+def read(run: Path) -> tuple[list[Line], list[Line]]:
+    """Reports and measurements of a run's log."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "measured" in line]
+
+
+def series(lines: Sequence[Line], *path: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a figure, where it was reported."""
+    steps, values = [], []
+    for line in lines:
+        value: Any = line
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            steps.append(line["step"])
+            values.append(value)
+    return steps, values
+
+
+def draw(runs: Sequence[Path], out: Path) -> None:
+    """The picture of all curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, rows = plt.subplots(len(runs), 3, figsize=(13, 3.6 * len(runs)), squeeze=False, layout="constrained")
+    for run, axes in zip(runs, rows, strict=True):
+        reports, measured = read(run)
+        _of_transformer(axes, reports, measured) if "accuracy" in reports[-1] else _of_tokenizer(axes, reports, measured)
+        axes[0].set_ylabel(run.name)
+        for axis in axes:
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+    figure.savefig(out, dpi=90)
+
+
+def _of_tokenizer(axes: Any, reports: list[Line], measured: list[Line]) -> None:
+    axes[0].plot(*series(reports, "loss"), label="loss of batches")
+    axes[0].set_yscale("log")
+    axes[1].plot(*series(reports, "psnr"), alpha=0.5, label="PSNR of batches, native scale, dB")
+    for scale in list(measured[-1]["measured"]["by_scale"]) if measured else []:
+        axes[1].plot(*series(measured, "measured", "by_scale", scale, "psnr"), label=f"unseen, {scale}")
+    axes[2].plot(*series(reports, "codes_in_use"), label="codes in use since the last look")
+    axes[2].plot(*series(measured, "measured", "use"), label="codes in use, unseen")
+    axes[2].set_ylim(0, 1.05)
+
+
+def _of_transformer(axes: Any, reports: list[Line], measured: list[Line]) -> None:
+    axes[0].plot(*series(reports, "loss"), label="loss of batches")
+    axes[0].plot(*series(measured, "measured", "loss"), label="loss, unseen, averaged weights")
+    guessing = measured[-1]["measured"]["loss_of_guessing"] if measured else math.nan
+    axes[0].axhline(guessing, color="grey", linestyle="--", label=f"guessing: {guessing:.2f}")
+    square = [scale for scale in measured[-1]["measured"]["loss_by_scale"] if len(set(scale.split("x"))) == 1] if measured else []
+    for scale in square:
+        axes[1].plot(*series(measured, "measured", "loss_by_scale", scale), label=f"loss, {scale}")
+        axes[2].plot(*series(measured, "measured", "accuracy_by_scale", scale), label=f"accuracy, {scale}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True)
+    words = parser.parse_args()
+    draw(words.runs, words.out)
+
+
+if __name__ == "__main__":
+    main()

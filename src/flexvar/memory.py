@@ -1,0 +1,102 @@
+"""What fits: the free memory of a device, the largest drawing in it, and one line about it when memory runs out."""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_right
+from contextlib import ContextDecorator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from traceback import clear_frames
+from types import TracebackType
+
+import torch
+
+from flexvar.accounting import plan
+from flexvar.schedule import Schedule, Size
+from flexvar.tokenizer import TokenizerConfig
+from flexvar.transformer import TransformerConfig
+
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|alloc_failed|overflowed|overflow when unpacking", re.IGNORECASE)
+"""How torch says, on one device or another, that it has no room for a tensor; the last two mean one that no machine could hold."""
+
+MOST_CODES = 2**40  # on a side, as far as a size that fits is looked for
+
+
+@dataclass(frozen=True)
+class Drawing(ContextDecorator):
+    """A batch to be drawn on a device. As a context or a decorator, it turns running out of memory into one line that names what fits."""
+
+    transformer: TransformerConfig
+    tokenizer: TokenizerConfig
+    schedule: Schedule
+    batch: int
+    guided: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    def fits(self, free: int) -> bool:
+        """Whether so many bytes are enough, beside the weights."""
+        try:
+            cost = plan(self.transformer, self.tokenizer, self.schedule, batch=self.batch, guided=self.guided, dtype=self.dtype)
+        except ValueError:  # past counting
+            return False
+        return cost.memory.working <= free
+
+    def largest_size(self, free: int) -> Size | None:
+        """The largest grid (h, w) of this shape that fits into so many bytes, its short side rounded to whole codes; None if none does.
+
+        The batch stays, and the number of steps where the size allows it.
+        """
+        h, w = self.schedule[-1]
+        longest = max(h, w)
+
+        def shaped(side: int) -> Size:
+            return max(1, round(h * side / longest)), max(1, round(w * side / longest))
+
+        def too_large(side: int) -> bool:
+            schedule = Schedule.for_grid(*shaped(side), len(self.schedule), self.transformer.trained_grid)
+            return not replace(self, schedule=schedule).fits(free)
+
+        side = bisect_right(range(1, min(longest, MOST_CODES) + 1), False, key=too_large)
+        return shaped(side) if side else None
+
+    def largest_batch(self, free: int) -> int:
+        """The most pictures of this size that fit into so many bytes, up to the batch itself; 0 if not even one does."""
+        return bisect_right(range(1, self.batch + 1), False, key=lambda batch: not replace(self, batch=batch).fits(free))
+
+    def complaint(self, free: int | None) -> str:
+        """One line for when memory ran out: what there is enough for in so many bytes, if that is known."""
+        asked, f = self.schedule[-1], self.tokenizer.downsample
+        size, batch = (asked, self.batch) if free is None else (self.largest_size(free), self.largest_batch(free))
+        choices = [f"{size[0] * f} x {size[1] * f} px"] if size not in (None, asked) else []
+        choices += [f"{batch} at a time"] if 0 < batch < self.batch else []
+        mend = f"{' or '.join(choices)} would fit" if choices else "free some, or take smaller pictures or a smaller batch"
+        pictures, together = ("a picture", "") if self.batch == 1 else (f"{self.batch} pictures", " at a time")
+        return f"not enough memory for {pictures} of {asked[0] * f} x {asked[1] * f} px{together}; {mend} (see `flexvar plan`)"
+
+    def __enter__(self) -> Drawing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and is_out_of_memory(error):
+            clear_frames(trace)  # they hold the tensors of the drawing that failed
+            raise MemoryError(self.complaint(free_memory(self.device))) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a tensor found no room, by any device's allocator."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | TypeError) and bool(OUT_OF_MEMORY.search(str(error))))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that new tensors can take on a device: all of the machine's on a Mac's CPU; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file() and (found := re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text())):
+        return 1024 * int(found[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None

@@ -1,0 +1,92 @@
+"""Storing the features of a data set for the training of transformers: `flexvar cache`. Under `torchrun` each process writes its shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, Dataset
+
+from flexvar.checkpoint import load
+from flexvar.data import FixedViews, PictureSource
+from flexvar.data.features import CacheSettings, CacheWriter
+from flexvar.pipeline import model_folder
+from flexvar.progress import progress
+from flexvar.schedule import Size
+from flexvar.tokenizer import Tokenizer
+from flexvar.training.optimiser import precision
+from flexvar.training.processes import pick_device, processes
+from flexvar.training.settings import CacheRun
+from flexvar.training.start import digest, open_source, spare_cores
+
+
+def cache_features(config: CacheRun, overwrite: bool = False) -> Path:
+    """Writes the cache that a config asks for, or goes on where it stopped; gives its folder."""
+    device = pick_device()
+    with processes(device) as (rank, world):
+        if not config.tokenizer:
+            raise ValueError("tokenizer is empty; name the model folder of a trained tokenizer")
+        folder = model_folder(config.tokenizer)
+        tokenizer = load(folder).tokenizer.to(device)
+        source = open_source(config.data, config.seed)
+        assert isinstance(source, PictureSource)  # CacheRun allows no other kind
+        views = FixedViews(source, config.seed, config.views)
+        settings = CacheSettings(
+            tokenizer_sha256=digest(folder),
+            class_names=source.class_names,
+            sizes=tuple(dict.fromkeys((height, width) for height, width in config.sizes)),
+            downsample=tokenizer.config.downsample,
+            code_width=tokenizer.config.code_width,
+            views=config.views,
+            seed=config.seed,
+            pictures=len(source),
+            pictures_per_shard=config.shard,
+            provenance={"data": OmegaConf.to_container(OmegaConf.structured(config.data))},
+        )
+        if overwrite and rank == 0:
+            CacheWriter(config.out, settings, overwrite=True)
+        if dist.is_initialized():
+            dist.barrier()
+        writer = CacheWriter(config.out, settings)
+        dtype = precision(config.precision, device)
+        own = [shard for shard in writer.missing() if shard % world == rank]
+        for shard in progress(own, f"caching into {config.out}"):
+            _write(writer, shard, views, tokenizer, config.batch, dtype)
+        if dist.is_initialized():
+            dist.barrier()
+    return Path(config.out)
+
+
+def _write(writer: CacheWriter, shard: int, views: FixedViews, tokenizer: Tokenizer, batch: int, dtype: torch.dtype) -> None:
+    """One shard: every size of every view of its pictures through the encoder."""
+    indices, device = writer.pictures_of(shard), tokenizer.after_codes.weight.device
+    labels = np.empty(len(indices), np.int64)
+    maps: dict[Size, np.ndarray] = {}
+    for size in writer.settings.sizes:
+        parts = []
+        loader = DataLoader(_Views(views, indices, size), batch_size=batch, num_workers=spare_cores())
+        for pictures, given in loader:  # (B, views, 3, H, W) uint8, (B,)
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                images = pictures.flatten(0, 1).to(device) / 127.5 - 1
+                features = tokenizer.features(images).unflatten(0, pictures.shape[:2])  # (B, views, C, h, w)
+            parts.append(features.half().cpu().numpy())
+            labels[sum(len(part) for part in parts[:-1]) :][: len(given)] = given.numpy()
+        maps[size] = np.concatenate(parts)
+    writer.write(shard, labels, maps)
+
+
+class _Views(Dataset[tuple[np.ndarray, int]]):
+    """Item i is all views of the i-th of some pictures, (views, 3, H, W) uint8, and its label."""
+
+    def __init__(self, views: FixedViews, indices: range, size: Size) -> None:
+        self.views, self.indices, self.size = views, indices, size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[np.ndarray, int]:
+        drawn = [self.views.view(self.indices[place], view, self.size) for view in range(self.views.views)]
+        return np.stack([pixels for pixels, _ in drawn]).transpose(0, 3, 1, 2), drawn[0][1]

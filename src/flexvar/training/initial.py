@@ -1,0 +1,67 @@
+"""Beginning from weights that are there instead of random ones: fine-tuning on other pictures or classes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flexvar.checkpoint import load
+from flexvar.official import read_released, released_name
+from flexvar.pipeline import model_folder
+from flexvar.position import resample
+from flexvar.tokenizer import Tokenizer
+from flexvar.transformer import Transformer
+
+CODES = ("quantizer.", "before_codes.", "after_codes.")  # the tensors of a tokenizer that depend on the shape of the codebook
+
+
+def begin_from(name: str, network: nn.Module, class_names: Sequence[str]) -> None:
+    """Fills a network with the weights of a model: a folder, a bundled or released name, or for a tokenizer a released file.
+
+    A tokenizer takes encoder and decoder, and its codes too where they have the same shape: LlamaGen's VQ-16 has 16384 codes of width 8, so
+    of it a FlexVAR tokenizer gets encoder and decoder only. A transformer takes everything; classes are matched by name, a class that is
+    new begins as the null class, and a position table of another size is resampled.
+    Raises ValueError naming a tensor that is missing or misshapen.
+    """
+    if isinstance(network, Tokenizer):
+        if Path(name).is_file():
+            theirs: Mapping[str, Tensor] = read_released(name)
+            _fill(network, {own: theirs[released_name(own)] for own in network.state_dict() if released_name(own) in theirs}, name)
+        else:
+            _fill(network, load(model_folder(name)).tokenizer.state_dict(), name)
+        return
+    assert isinstance(network, Transformer)
+    model = load(model_folder(name))
+    if model.transformer is None:
+        raise ValueError(f"{name} holds a tokenizer only; name a model with a transformer to begin from")
+    tensors = dict(model.transformer.state_dict())
+    tensors["class_embedding.weight"] = _classes(tensors["class_embedding.weight"], model.class_names, class_names)
+    side = network.config.table_side
+    if model.transformer.config.table_side != side:
+        tensors["positions"] = resample(tensors["positions"], (side, side), "smooth").T.unflatten(1, (side, side))
+    _fill(network, tensors, name)
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Copies the tensors in; those of a tokenizer's codes may be left as they are, all together."""
+    ours = network.state_dict()
+    fitting = {key: tensor for key, tensor in tensors.items() if key in ours and ours[key].shape == tensor.shape}
+    if any(key.startswith(CODES) and key not in fitting for key in ours):
+        fitting = {key: tensor for key, tensor in fitting.items() if not key.startswith(CODES)}
+        warnings.warn(f"{name} has other codes; they begin anew, beside its encoder and decoder", stacklevel=3)
+    for key in ours:
+        if key not in fitting and not key.startswith(CODES):
+            there = f"has shape {tuple(tensors[key].shape)} instead of {tuple(ours[key].shape)}" if key in tensors else "is missing"
+            raise ValueError(f"{name} does not fit the config's model: {key} {there}; give both the same shape")
+    network.load_state_dict(fitting, strict=False)
+
+
+def _classes(embedding: Tensor, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
+    """The class embedding (classes + 1, D) for our classes, from one for theirs; the last row of both is the null class."""
+    null = embedding[-1]
+    rows = dict(zip(theirs, embedding, strict=False))
+    return torch.stack([*(rows.get(name, null) for name in ours), null])

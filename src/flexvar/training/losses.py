@@ -1,0 +1,75 @@
+"""The terms of the tokenizer's loss that are formulas: how a gradient passes the codes, how codes are drawn together with features, how a
+picture is reduced to a scale."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CODES_AT_ONCE = 4096
+"""Features of a batch that the entropy term looks at; it holds a probability for each of them and each code."""
+
+
+def past_codes(features: Tensor, codes: Tensor, gradient: Literal["straight-through", "rotation"]) -> Tensor:
+    """Code vectors (..., C) whose gradient reaches the unit features (..., C) they stand for.
+
+    "straight-through": unchanged. "rotation": turned as the code is turned away from its feature, so that the angle between gradient and
+    code becomes that between gradient and feature (Fifty et al., "Restructuring vector quantization with the rotation trick", 2024; both
+    are unit vectors here, so nothing is stretched).
+    """
+    if gradient == "straight-through":
+        return features + (codes - features).detach()
+    z, e = features.detach(), codes.detach()
+    between = F.normalize(z + e, dim=-1)  # (..., C)
+    along = (features * between).sum(-1, keepdim=True) * between
+    return features - 2 * along + 2 * (features * z).sum(-1, keepdim=True) * e
+
+
+def commitment(features: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Two means over all features (..., C): of codes towards features, and of features towards codes.
+
+    As sums over the code's width: on the unit sphere a mean over it would shrink the pull as codes get wider.
+    """
+    towards_features = (codes - features.detach()).pow(2).sum(-1).mean()
+    towards_codes = (codes.detach() - features).pow(2).sum(-1).mean()
+    return towards_features, towards_codes
+
+
+def entropy(features: Tensor, codebook: Tensor, temperature: float = 0.01) -> Tensor:
+    """Small when every unit feature (..., C) is near one code (V, C) and all codes are near some: mean entropy less entropy of the mean.
+
+    As in LlamaGen, where its weight is 0; of at most 4096 features, evenly spread over those given, so that memory stays bounded.
+    """
+    flat = features.reshape(-1, features.shape[-1])
+    flat = flat[:: max(1, -(-len(flat) // CODES_AT_ONCE))]  # (N, C)
+    similarity = 2 * flat @ F.normalize(codebook, dim=-1).T / temperature  # (N, V): minus the squared distance, but for a constant
+    shares, logs = similarity.softmax(-1), similarity.log_softmax(-1)  # (N, V)
+    of_each = -(shares * logs).sum(-1).mean()
+    mean = shares.mean(0).clamp_min(1e-10)  # (V,); entr has no finite gradient at 0
+    return of_each - torch.special.entr(mean).sum()
+
+
+def reduced(pictures: Tensor, size: tuple[int, int], how: Literal["area", "bicubic"]) -> Tensor:
+    """Pictures (B, 3, H, W) at a coarser scale's pixels: averaged, or bicubic with antialiasing, which is crisper and can overshoot."""
+    if pictures.shape[-2:] == size:
+        return pictures
+    if how == "area":
+        return F.adaptive_avg_pool2d(pictures, size)
+    return F.interpolate(pictures, size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def seen(pictures: Tensor, smallest: int, small: Literal["mask", "enlarge"]) -> Tensor | None:
+    """What a perceptual or adversarial term sees of a scale's pictures (B, 3, H, W).
+
+    All of them from `smallest` px on the shorter side; below it nothing (None), or the pictures enlarged until their shorter side has it.
+    """
+    shorter = min(pictures.shape[-2:])
+    if shorter >= smallest:
+        return pictures
+    if small == "mask":
+        return None
+    height, width = (round(side * smallest / shorter) for side in pictures.shape[-2:])
+    return F.interpolate(pictures, (height, width), mode="bilinear", align_corners=False)

@@ -1,0 +1,84 @@
+"""What lies in the folder of a run: checkpoints to go on from, the log, sheets, models. Nothing is ever half-written.
+
+    config.yaml             all settings, defaults included
+    log.jsonl               a line a report, a line a measurement
+    sheets/                 pictures to look at
+    checkpoints/            step-0000500.pt and so on: the latest ones and the best one
+    model/  best/           the averaged weights of the latest and of the best checkpoint, ready for `flexvar sample`
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexvar.checkpoint import Model, save
+from flexvar.training.config import write_config
+from flexvar.training.settings import RunConfig
+from flexvar.writing import write_whole
+
+
+class RunFolder:
+    """Reads and writes one run; only the first process writes."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path, self.keep = path, keep
+        self.log, self.config, self.model, self.best = path / "log.jsonl", path / "config.yaml", path / "model", path / "best"
+        self.sheets, self.checkpoints = path / "sheets", path / "checkpoints"
+
+    def newest(self) -> Path | None:
+        """The checkpoint to go on from."""
+        found = sorted(self.checkpoints.glob("step-*.pt"))
+        return found[-1] if found else None
+
+    def read(self, path: Path, device: torch.device) -> dict[str, Any]:
+        """A checkpoint's state. ValueError when the file is damaged."""
+        try:
+            return dict(torch.load(path, map_location=device, weights_only=True))
+        except Exception as error:  # torch raises anything on damaged files
+            raise ValueError(f"{path} is damaged; remove it to go on from the one before, or choose another run= folder") from error
+
+    def begin(self, config: RunConfig, step: int) -> list[str]:
+        """Readies the folder for going on at a step; names the settings that differ from those before."""
+        for folder in (self.path, self.sheets, self.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
+        for left in self.path.rglob(".*.unfinished"):  # of a process that was killed while writing
+            left.unlink()
+        if self.log.is_file():  # what was reported after the checkpoint will be reported again
+            lines = [line for line in self.log.read_text(encoding="utf-8").splitlines() if _is_from(line, step)]
+            write_whole(self.log, lambda path: path.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
+        return write_config(config, self.config)
+
+    def write_checkpoint(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
+        """Writes a checkpoint, then removes those that are neither among the latest nor the best."""
+        write_whole(self._checkpoint(step), lambda path: torch.save(state, path))
+        latest = sorted(self.checkpoints.glob("step-*.pt"))
+        best = None if best_step is None else self._checkpoint(best_step)
+        for path in latest[: -self.keep]:
+            if path != best:
+                path.unlink()
+
+    def write_model(self, model: Model, is_best: bool) -> None:
+        """Writes the model so far, and once more when it is the best one."""
+        save(model, self.model, overwrite=True)
+        if is_best:
+            save(model, self.best, overwrite=True)
+
+    def report(self, line: dict[str, Any]) -> None:
+        """Adds a line to the log."""
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:07d}.pt"
+
+
+def _is_from(line: str, step: int) -> bool:
+    """Whether a line of the log is whole and from no later than a step."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False

@@ -1,0 +1,59 @@
+"""What the loop needs of the thing that is trained."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexvar.checkpoint import Model
+from flexvar.training.meter import Figures, Work
+from flexvar.training.order import Batch
+
+
+class Workshop(nn.Module):
+    """What is trained: a module whose forward takes a batch and gives the loss and the figures to report."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adversary: nn.Module | None = None  # a part that learns beside the network, from the same loss, and is not kept
+        self.adversary_rate = 1.0  # its learning rate over the network's
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The part whose weights are learnt, averaged and kept."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Figures]:
+        """What to descend on, and figures to report, "loss" among them."""
+        return self.loss(self.network, batch)
+
+    @abstractmethod
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
+        """The same for a network in training or evaluation mode, as means over the batch."""
+
+    def work(self, batch: Batch) -> Work:
+        """Tokens and FLOPs of a training step on this batch; nothing where they are not counted."""
+        return Work()
+
+    def after_step(self, step: int, optimiser: torch.optim.Optimizer) -> None:
+        """Runs when a step is done, for what is not learnt by gradients."""
+
+    def to_compile(self) -> list[nn.Module]:
+        """The parts that torch.compile is asked to speed up."""
+        return [self.network]
+
+    @abstractmethod
+    def measured(self, network: nn.Module, batches: list[Batch]) -> dict[str, Any]:
+        """How good a network in evaluation mode is on some batches, "loss" first: less is better."""
+
+    @abstractmethod
+    def sheet(self, network: nn.Module, path: Path) -> None:
+        """Draws a picture to look at, with the averaged weights."""
+
+    @abstractmethod
+    def finished(self, network: nn.Module, provenance: dict[str, Any]) -> Model:
+        """The model to keep, with the averaged weights."""

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from flexvar import FlexVARPipeline, Guidance, Schedule, Tokenizer, Transformer, memory
+from flexvar.accounting import plan
+from flexvar.checkpoint import Defaults, Model
+from flexvar.cli import main
+from flexvar.memory import Drawing, free_memory, is_out_of_memory
+
+MEBIBYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def drawing(small_tokenizer: Tokenizer, small_transformer: Transformer) -> Drawing:
+    """A guided batch of 4 pictures of 96 x 160 px."""
+    schedule = Schedule.for_grid(24, 40, 6, 4)
+    return Drawing(small_transformer.config, small_tokenizer.config, schedule, 4, True, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def pipe(small_tokenizer: Tokenizer, small_transformer: Transformer) -> FlexVARPipeline:
+    return FlexVARPipeline(Model(copy.deepcopy(small_tokenizer), small_transformer, tuple("abcde"), Defaults(16, 16, 4)))
+
+
+def needs(drawing: Drawing) -> int:
+    cost = plan(drawing.transformer, drawing.tokenizer, drawing.schedule, batch=drawing.batch, guided=drawing.guided, dtype=drawing.dtype)
+    return cost.memory.peak - cost.memory.weights
+
+
+@settings(deadline=None, max_examples=6)
+@given(free=st.integers(0, 100 * MEBIBYTE))
+def test_the_largest_size_fits_and_the_next_does_not(free: int, drawing: Drawing) -> None:
+    size = drawing.largest_size(free)
+    h, w = size or (0, 0)
+    assert w <= 40
+    assert h == (max(1, round(w * 24 / 40)) if size else 0)
+    if size:
+        assert needs(replace(drawing, schedule=Schedule.for_grid(h, w, len(drawing.schedule), 4))) <= free
+    if w < 40:
+        next_size = max(1, round((w + 1) * 24 / 40)), w + 1
+        assert needs(replace(drawing, schedule=Schedule.for_grid(*next_size, len(drawing.schedule), 4))) > free
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(drawing: Drawing) -> None:
+    three = needs(replace(drawing, batch=3))
+    assert [drawing.largest_batch(free) for free in (0, three - 1, three, 100 * three)] == [0, 2, 3, 4]
+
+
+def test_the_line_names_what_fits(drawing: Drawing) -> None:
+    free = needs(replace(drawing, batch=3))
+    h, w = drawing.largest_size(free) or (0, 0)
+    assert drawing.complaint(free) == (
+        f"not enough memory for 4 pictures of 96 x 160 px at a time; {4 * h} x {4 * w} px or 3 at a time would fit (see `flexvar plan`)"
+    )
+    one = replace(drawing, batch=1)
+    assert one.complaint(needs(one) - 1) == "not enough memory for a picture of 96 x 160 px; 92 x 156 px would fit (see `flexvar plan`)"
+    for unknown in (None, 0, needs(drawing)):
+        assert "free some, or take smaller pictures or a smaller batch" in drawing.complaint(unknown)
+
+
+def test_sizes_past_counting_have_a_largest_size_too(drawing: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MOST_CODES", 2**10)
+    vast = replace(drawing, schedule=Schedule.of([1, (10**22, 10**22)]))
+    assert vast.largest_size(MEBIBYTE) == replace(drawing, schedule=Schedule.of([1, 500])).largest_size(MEBIBYTE)
+
+
+def refusal(*shape: int) -> Exception:
+    """What torch raises when it finds no room."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        torch.empty(*shape)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (refusal(10**18), True),
+        (refusal(10**9, 10**9, 10**9), True),
+        (refusal(10**25), True),
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("memory format option is only supported by strided tensors"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_running_out_of_memory_looks_like(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < free_memory(torch.device("cpu")) < 2**50
+    assert free_memory(torch.device("meta")) is None
+    for name, value in {"mem_get_info": (5, 90), "memory_reserved": 30, "memory_allocated": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 15
+    monkeypatch.setattr(memory, "Path", lambda _: Path("nowhere"))  # a machine without /proc
+    assert 0 < free_memory(torch.device("cpu")) < 2**50
+
+
+def test_what_is_drawn_and_decoded_fails_in_one_line(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = needs(pipe._drawing(Schedule.for_grid(16, 16, 6, 4), 1, Guidance("constant", 2.0)))
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    words = r"not enough memory for 2 pictures of 64 x 64 px at a time; \d+ x \d+ px or 1 at a time would fit"
+    settings = {"height": 64, "width": 64, "seed": 0, "num_inference_steps": 6}
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "decode", no_room)
+        with pytest.raises(MemoryError, match=words) as caught:
+            pipe(["a", "b"], **settings)
+        assert "\n" not in str(caught.value)
+        *_, last = pipe.stream(["a", "b"], **settings)
+        with pytest.raises(MemoryError, match=words):
+            _ = last.images
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "step", no_room)
+        with pytest.raises(MemoryError, match=words):
+            pipe(["a", "b"], **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("flexvar.generation.uniform_numbers", no_room)
+        with pytest.raises(MemoryError, match=words):
+            pipe.stream(["a", "b"], **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "features", no_room)
+        with pytest.raises(MemoryError, match=r"a picture of 192 x 128 px; \d+ x \d+ px would fit"):
+            pipe.reconstruct(Image.new("RGB", (128, 192)))
+    assert pipe(["a", "b"], **settings, output_type="pt").images.shape == (2, 3, 64, 64)
+
+
+def test_what_failed_is_freed_before_the_free_memory_is_read(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def decode(self: Tokenizer, codes: torch.Tensor) -> None:
+        large = torch.ones(1000)
+        held.append(weakref.ref(large))
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    def free(device: torch.device) -> int:
+        assert held
+        assert held[0]() is None
+        return MEBIBYTE
+
+    monkeypatch.setattr(Tokenizer, "decode", decode)
+    monkeypatch.setattr(memory, "free_memory", free)
+    with pytest.raises(MemoryError, match="not enough memory"):
+        pipe("a", seed=0)
+
+
+def test_other_errors_pass_as_they_are(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Tokenizer, "decode", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pipe("a", seed=0)
+
+
+def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_room(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(Tokenizer, "decode", no_room)
+    monkeypatch.setattr(memory, "free_memory", lambda device: MEBIBYTE)
+    assert main(["sample", "pizza", "--height", "128", "--width", "256", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("flexvar: not enough memory for a picture of 128 x 256 px; ")
+    assert line.endswith("px would fit (see `flexvar plan`)")
+    assert not list(tmp_path.iterdir())
+
+    monkeypatch.setattr("flexvar.cli.run_info", no_room)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "flexvar: not enough memory; take smaller pictures or a smaller batch (see `flexvar plan`)\n"

@@ -1,0 +1,224 @@
+"""The loop: parts of a step, precision, skipped steps, checkpoints kept, measurements, and what a report says."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexvar.checkpoint import load
+from flexvar.cli import main
+from flexvar.training.loop import _Run
+from flexvar.training.meter import Meter, matrix_rate, nested
+from training_runs import assert_same_end, lines, measurements, newest_state, reports, tokenizer_config, transformer_config
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    assert main(["train", "tokenizer", str(tokenizer_config(folder))]) == 0
+    return folder / "tokenizer" / "model"
+
+
+def run(tokenizer: Path, folder: Path, name: str, *words: str) -> Path:
+    assert main(["train", "transformer", str(transformer_config(folder, tokenizer, name=name)), *words]) == 0
+    return folder / name
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    for ours, theirs in zip(reports(one), reports(two), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["accumulate=2"],
+        ["accumulate=4"],
+        ["recompute=true"],
+        ["attention=mask"],
+        ["attention=padded"],
+        ["compile=eager"],
+        ["workers=2"],
+    ],
+    ids=" ".join,
+)
+def test_the_same_training_another_way(words: list[str], tokenizer: Path, tmp_path: Path, capsys) -> None:
+    assert_alike(run(tokenizer, tmp_path, "one"), run(tokenizer, tmp_path, "two", *words))
+
+
+def test_parts_of_a_tokenizer_step_are_the_step(tmp_path: Path, capsys) -> None:
+    words = ["restart_every=0", "adversary.weight=0.1", "adversary.start=0", "adversary.channels=8", "adversary.layers=1", "smallest=8"]
+    for name, parts in (("one", 1), ("two", 2)):
+        assert main(["train", "tokenizer", str(tokenizer_config(tmp_path, name=name)), f"accumulate={parts}", *words]) == 0
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(precision: str, tokenizer: Path, tmp_path: Path, capsys) -> None:
+    whole = run(tokenizer, tmp_path, "whole", f"precision={precision}")
+    run(tokenizer, tmp_path, "pieces", f"precision={precision}", "steps=2", "optimiser.flat=1")
+    assert bool(newest_state(whole)["scaler"]) == (precision == "fp16")
+    run(tokenizer, tmp_path, "pieces", f"precision={precision}", "optimiser.flat=1")
+    run(tokenizer, tmp_path, "flat", f"precision={precision}", "optimiser.flat=1")
+    assert_same_end(tmp_path / "pieces", tmp_path / "flat")
+    full = run(tokenizer, tmp_path, "full")
+    assert reports(whole)[0]["loss"] == pytest.approx(reports(full)[0]["loss"], rel=0.02)
+    assert reports(whole)[0]["loss"] != reports(full)[0]["loss"]
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tokenizer: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    poisoned = {1}
+
+    def one(self: _Run, batch) -> tuple[float, float]:
+        hook = next(iter(self.network.parameters())).register_hook(lambda g: g * math.nan) if self.step in poisoned else None
+        result = original(self, batch)
+        if hook:
+            hook.remove()
+        return result
+
+    original = _Run._one
+    monkeypatch.setattr(_Run, "_one", one)
+    done = run(tokenizer, tmp_path, "skips")
+    assert [report["skipped_steps"] for report in reports(done)] == [0, 1, 1, 1]
+    assert all(tensor.isfinite().all() for tensor in load(done / "model").transformer.state_dict().values())
+    poisoned.update(range(1, 40))
+    words = ["bad_steps=3", "steps=40", "save_every=100"]
+    assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer, name="stops")), *words]) == 2
+    assert "3 steps in a row had no finite gradient; step 4 is saved" in capsys.readouterr().err
+    assert newest_state(tmp_path / "stops")["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in load(tmp_path / "stops" / "model").transformer.state_dict().values())
+    poisoned.clear()  # the same command goes on
+    assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer, name="stops")), "steps=6"]) == 0
+    assert [report["step"] for report in reports(tmp_path / "stops")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_latest_checkpoints_and_the_best_are_kept(tokenizer: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0])
+    monkeypatch.setattr(_Run, "_measure", lambda self: {"loss": next(losses)})
+    done = run(tokenizer, tmp_path, "kept", "steps=5", "save_every=1", "keep=2")
+    assert [path.name for path in sorted((done / "checkpoints").iterdir())] == [f"step-000000{step}.pt" for step in (2, 4, 5)]
+    assert [line["best"] for line in measurements(done)] == [True, True, False, False, False]
+    best, last = (load(done / name) for name in ("best", "model"))
+    assert best.provenance["transformer"]["trained"]["steps"] == 2
+    assert last.provenance["transformer"]["trained"]["steps"] == 5
+
+
+def test_measuring_is_repeatable_and_can_be_switched_off(tokenizer: Path, tmp_path: Path, capsys) -> None:
+    still = ["optimiser.learning_rate=1e-12", "optimiser.weight_decay=0", "measure=2"]
+    first, second = measurements(run(tokenizer, tmp_path, "still", *still))
+    assert first["measured"]["loss"] == pytest.approx(second["measured"]["loss"], rel=1e-6)  # no label or path is dropped
+    assert first["measured"]["loss"] == pytest.approx(math.log(16), rel=0.1)
+    assert next(iter(first["measured"]["loss_by_scale"])) == "1x1"
+    none = run(tokenizer, tmp_path, "none", "measure=0")
+    assert not measurements(none)
+    assert not (none / "best").exists()
+
+
+def test_what_a_report_says(tokenizer: Path, tmp_path: Path, capsys) -> None:
+    report = reports(run(tokenizer, tmp_path, "said", "report_every=4"))[-1]
+    assert {"step", "loss", "accuracy", "gradient_norm", "learning_rate", "seconds", "skipped_steps"} <= set(report)
+    assert 0 < report["share_of_matrix_rate"] < 1
+    assert report["tokens_per_second"] > report["pictures_per_second"] > 0
+    assert list(report["loss_by_scale"]) == list(report["accuracy_by_scale"])
+    sides = [tuple(map(int, scale.split("x"))) for scale in report["loss_by_scale"]]
+    assert sides == sorted(sides)
+    assert sides[0] == (1, 1)
+
+
+def test_a_meter_averages_what_not_all_steps_have() -> None:
+    meter = Meter()
+    meter.add({"loss": torch.tensor(1.0), "loss/2x2": torch.tensor(4.0)})
+    meter.add({"loss": torch.tensor(3.0), "loss/10x1": torch.tensor(5.0)})
+    averages = meter.averages()
+    assert averages == {"loss": 2.0, "loss/10x1": 5.0, "loss/2x2": 4.0}
+    assert nested(averages) == {"loss": 2.0, "loss_by_scale": {"2x2": 4.0, "10x1": 5.0}}
+    assert meter.averages() == {}
+
+
+def test_a_matrix_rate_is_one_of_this_century() -> None:
+    assert 1e8 < matrix_rate(torch.device("cpu"), torch.float32) < 1e15
+
+
+def flexvar(*words: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "flexvar", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert path.exists(), process.communicate()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_stopped_with_workers_it_saves_and_goes_on(number: signal.Signals, tokenizer: Path, tmp_path: Path, capsys) -> None:
+    """The signal reaches the workers too, as Ctrl-C in a terminal does."""
+    config = transformer_config(tmp_path, tokenizer, steps=2000, name="stopped")
+    running = flexvar("train", "transformer", str(config), "workers=2", start_new_session=True)
+    wait_for(tmp_path / "stopped" / "log.jsonl", running)
+    os.killpg(running.pid, number) if number == signal.SIGINT else running.send_signal(number)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+    step = newest_state(tmp_path / "stopped")["step"]
+    assert 0 < step < 2000
+    assert main(["train", "transformer", str(config), f"steps={step + 2}"]) == 0
+    assert [report["step"] for report in reports(tmp_path / "stopped")] == list(range(1, step + 3))
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys, torch
+save = torch.save
+def half(state, path):
+    if state.get("step", 0) >= 4:
+        save(state, path)
+        with open(path, "r+b") as file:
+            file.truncate(os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, path)
+torch.save = half
+from flexvar.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_killed_in_the_middle_of_a_checkpoint(stage: str, processes: int, tokenizer: Path, tmp_path: Path, capsys) -> None:
+    """10 steps equal 5 + kill -9 while the next checkpoint is written + the rest, bit for bit; with 2 processes too."""
+
+    def command(name: str, script: str) -> list[str]:
+        config = tokenizer_config(tmp_path, 10, name) if stage == "tokenizer" else transformer_config(tmp_path, tokenizer, 10, name)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
+        return [sys.executable, *launch, script, "train", stage, str(config)]
+
+    killing, whole = tmp_path / "killing.py", tmp_path / "whole.py"
+    killing.write_text(KILLED_WHILE_SAVING)
+    whole.write_text("import sys\nfrom flexvar.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def finish(words: list[str]) -> subprocess.CompletedProcess:
+        return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+
+    assert finish(command("pieces", str(killing))).returncode != 0
+    assert [path.name for path in (tmp_path / "pieces" / "checkpoints").glob("*.pt")] == ["step-0000002.pt"]
+    assert list((tmp_path / "pieces" / "checkpoints").glob(".*.unfinished"))
+    for name in ("pieces", "in-one-piece"):
+        done = finish(command(name, str(whole)))
+        assert done.returncode == 0, done.stderr
+    assert_same_end(tmp_path / "pieces", tmp_path / "in-one-piece")
+    assert not list((tmp_path / "pieces" / "checkpoints").glob(".*.unfinished"))
+    assert len(lines(tmp_path / "pieces")) == len(lines(tmp_path / "in-one-piece"))
