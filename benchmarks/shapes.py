@@ -1,13 +1,14 @@
 """Both trainings from nothing on drawn shapes of 32 px: `python -m benchmarks.shapes [--minutes 20] [--run FOLDER] [--quick]`.
 
-Prints one measure a line: what was found, the floor where there is one, and "ok" or "short"; exit status 1 when one falls short. A tenth of
-the time goes to the classifier that judges the samples, four tenths to the tokenizer, the rest to the transformer; how many steps that makes
-follows from the speed of the first ones. Everything is judged on drawings that no training saw.
+Prints one measure a line: what was found, the floor where there is one, and "ok" or "short"; exit status 1 when one falls short. A tenth
+of the time goes to the classifier that judges the samples, four tenths to the tokenizer, the rest to the transformer; how many steps that
+makes follows from the speed of the first ones. Everything is judged on drawings that no training saw.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -37,18 +38,19 @@ ACCURACY_FLOOR: float | None = None  # samples over unseen drawings: of the firs
 CLASSIFIER_SHARE, TOKENIZER_SHARE = 0.1, 0.4
 CLASSIFIER_BATCH = 32
 UNSEEN_SEED = 1_000_003
-TRIAL_STEPS = 20
+TRIAL_STEPS = 40
 
 
-def timed_run(kind: type[TokenizerRun] | type[TransformerRun], config: Path, run: Path, seconds: float, words: Sequence[str] = ()) -> tuple[Path, int]:
+def timed_run(
+    kind: type[TokenizerRun] | type[TransformerRun], config: Path, run: Path, seconds: float, words: Sequence[str] = ()
+) -> tuple[Path, int]:
     """Trains for about so many seconds: a few steps to see how fast it goes, then as many as fit. Gives the model folder and the steps."""
-    common = ["seed=1", *words]
-    trial = [*common, f"run={run}-trial", f"steps={TRIAL_STEPS}", f"save_every={TRIAL_STEPS}", "measure=0"]
-    start(read_config(kind, config, trial))
-    began = time.perf_counter()
-    start(read_config(kind, config, [*trial, f"steps={3 * TRIAL_STEPS}", f"save_every={3 * TRIAL_STEPS}"]))
-    a_step = (time.perf_counter() - began) / (2 * TRIAL_STEPS)
-    steps = max(TRIAL_STEPS, int((seconds - 3 * TRIAL_STEPS * a_step) / a_step))
+    common, trial = ["seed=1", *words], run.with_name(f"{run.name}-trial")
+    every = [f"{name}_every={TRIAL_STEPS // 2}" for name in ("report", "save", "sheet")]
+    start(read_config(kind, config, [*common, f"run={trial}", f"steps={TRIAL_STEPS}", "measure=0", *every]))
+    *_, last = (trial / "log.jsonl").read_text(encoding="utf-8").splitlines()  # of the second half
+    settings = read_config(kind, config, common)
+    steps = max(TRIAL_STEPS, int(seconds * json.loads(last)["pictures_per_second"] / settings.batch))
     every = [f"report_every={max(1, steps // 20)}", f"save_every={max(1, steps // 8)}", f"sheet_every={steps}"]
     return start(read_config(kind, config, [*common, f"run={run}", f"steps={steps}", *every])), steps
 

@@ -1,6 +1,6 @@
 """Choices in a tokenizer's training, each against the plain recipe: `python -m benchmarks.tokenizer_choices [--steps 1000] [--seeds 1]`.
 
-Small tokenizers on emoji scenes of 64 px, trained for the same steps from the same seeds, measured on scenes that none of them saw. A line
+Small tokenizers on emoji scenes of 48 px, trained for the same steps from the same seeds, measured on scenes that none of them saw. A line
 a choice: PSNR and SSIM at three scales, codes in use and perplexity at the native one, and the distance from the original in the
 features of the small classifier, which sees shapes rather than pixels. Finished runs are not trained again.
 """
@@ -27,7 +27,7 @@ from flexvar.training.settings import TokenizerRun
 from flexvar.training.start import start
 
 CONFIG = Path("configs/emoji/tokenizer.yaml")
-PLAIN = ["sizes=[[64,64]]", "batch=8", "scales=3", "continuous=0.2", "measure=0", "workers=0", "keep=1"]
+PLAIN = ["sizes=[[48,48]]", "batch=8", "scales=3", "continuous=0.2", "measure=0", "workers=0", "keep=1"]
 ADVERSARY = ["adversary.weight=0.1", "adversary.channels=24", "adversary.layers=2", "smallest=32"]
 CHOICES: dict[str, list[str]] = {
     "plain": [],
@@ -38,7 +38,8 @@ CHOICES: dict[str, list[str]] = {
     "adversary, small scales masked": [*ADVERSARY, "small=mask"],
     "adversary, small scales enlarged": [*ADVERSARY, "small=enlarge"],
 }
-SCALES: tuple[Size, ...] = ((2, 2), (4, 4), (8, 8))
+SIDE = 48  # px
+SCALES: tuple[Size, ...] = ((2, 2), (4, 4), (6, 6))
 UNSEEN_SEED = 1_000_003
 
 
@@ -84,13 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=list(CHOICES), default=list(CHOICES))
     words = parser.parse_args(arguments)
     classifier = load_classifier()
-    scenes, _ = renderings(EmojiScenes(WELL_KNOWN), words.scenes, (64, 64), UNSEEN_SEED)
+    scenes, _ = renderings(EmojiScenes(WELL_KNOWN), words.scenes, (SIDE, SIDE), UNSEEN_SEED)
     rows = []
     for choice in words.only:
         for seed in range(words.seeds):
             columns = measured(trained(choice, seed, words.steps, words.folder), scenes, classifier)
             rows.append(f"{choice:<34}{seed:>4}  {' '.join(columns)}")
-    print(f"{'choice':<34}{'seed':>4}  {'PSNR 2, 4, 8':<21}{'SSIM 2, 4, 8':<21}{'in use':>7} {'perpl.':>7} distance in features 2, 4, 8")
+    print(f"{'choice':<34}{'seed':>4}  {'PSNR 2, 4, 6':<21}{'SSIM 2, 4, 6':<21}{'in use':>7} {'perpl.':>7} distance in features 2, 4, 6")
     print("\n".join(rows))
 
 

@@ -130,7 +130,7 @@ def main() -> None:
 def keep_memory() -> None:
     """Makes the C library keep freed memory for the next step, where it is glibc, instead of giving it back to the system.
 
-    Otherwise each step gets gigabytes anew, which the system fills with zeros page by page: a tenth to a quarter of a step on a CPU.
+    Otherwise each step gets gigabytes anew, which the system fills with zeros page by page.
     """
     trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flexvar.attention import Attend, AttentionName, attention_named
+from flexvar.checks import check_whole_numbers
 from flexvar.kv_cache import KeyValueCache
 from flexvar.position import PositionMode, initial_table, resample
 from flexvar.schedule import Schedule, ScheduleLike, Size
@@ -41,11 +42,8 @@ class TransformerConfig:
     shared_modulation: bool = False  # one class modulation for all blocks, for small models
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("depth", "classes", "codebook_size", "code_width", "trained_grid"), 1)
-        least |= dict.fromkeys(("width", "heads", "table_side"), 0)  # 0 means that it follows from the others
-        for name, lowest in least.items():
-            if type(value := getattr(self, name)) is not int or value < lowest:
-                raise ValueError(f"{name} of the transformer is {value!r}; it must be a whole number of at least {lowest}")
+        check_whole_numbers(self, "the transformer", 1, "depth", "classes", "codebook_size", "code_width", "trained_grid")
+        check_whole_numbers(self, "the transformer", 0, "width", "heads", "table_side")  # 0 means that it follows from the others
         if type(self.mlp_ratio) not in (int, float) or not 0 < self.mlp_ratio < math.inf:
             raise ValueError(f"mlp_ratio of the transformer is {self.mlp_ratio!r}; it must be a number above 0")
         if self.positions not in get_args(PositionMode):

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flexvar.evaluation.quality import psnr, ssim
+from flexvar.position import area_averaged
 from flexvar.schedule import Schedule, ScheduleLike, Size
 from flexvar.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ def quality_by_scale(tokenizer: Tokenizer, batches: Iterable[Tensor], schedule: 
     for images in batches:
         for scale, codes in zip(scales, tokenizer.codes(tokenizer.features(images), schedule), strict=True):
             rebuilt = tokenizer.decode(codes).float()
-            target = F.adaptive_avg_pool2d(images, (rebuilt.shape[-2], rebuilt.shape[-1]))
+            target = area_averaged(images, (rebuilt.shape[-2], rebuilt.shape[-1]))
             scale.psnr += psnr(rebuilt, target).tolist()
             scale.ssim += ssim(rebuilt, target).tolist()
             scale.l1 += (rebuilt.clamp(-1, 1) - target).abs().mean((1, 2, 3)).tolist()

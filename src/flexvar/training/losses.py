@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexvar.position import area_averaged
+
 CODES_AT_ONCE = 4096
 """Features of a batch that the entropy term looks at; it holds a probability for each of them and each code."""
 
@@ -57,7 +59,7 @@ def reduced(pictures: Tensor, size: tuple[int, int], how: Literal["area", "bicub
     if pictures.shape[-2:] == size:
         return pictures
     if how == "area":
-        return F.adaptive_avg_pool2d(pictures, size)
+        return area_averaged(pictures, size)
     return F.interpolate(pictures, size, mode="bicubic", align_corners=False, antialias=True)
 
 
