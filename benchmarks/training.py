@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import random
 import re
 import statistics
@@ -33,6 +32,7 @@ from flexvar.accounting import training_flops
 from flexvar.attention import AttentionName
 from flexvar.schedule import RandomPolicy
 from flexvar.training.meter import matrix_rate
+from flexvar.training.processes import keep_memory
 
 PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|baddbmm|linear|.*convolution.*|.*(flash|efficient|dot_product).*attention.*)|flex_attention.*")
 """Operations that multiply matrices."""
@@ -125,17 +125,6 @@ def main() -> None:
         print(one.line(name, rate))
     if words.profile:
         print_profile(training, schedule)
-
-
-def keep_memory() -> None:
-    """Makes the C library keep freed memory for the next step, where it is glibc, instead of giving it back to the system.
-
-    Otherwise each step gets gigabytes anew, which the system fills with zeros page by page.
-    """
-    trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(trim_threshold, -1)  # never
-        mallopt(most_mappings, 0)  # large pieces come from the heap too
 
 
 def measure(training: Training, schedules: Sequence[Schedule]) -> Measured:

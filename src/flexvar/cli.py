@@ -22,10 +22,9 @@ Words = argparse.Namespace
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit status: 0, 2 for a mistake that one line on stderr explains, 130 when interrupted."""
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # large pages on Linux, which torch asks for when it first allocates: faster decoding
     words = parser().parse_args(arguments)
+    if words.run is not run_train:  # large pages on Linux, for which torch asks when it first allocates: faster decoding, slower training
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"flexvar: {message}", file=sys.stderr)
         try:

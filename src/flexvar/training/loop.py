@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from flexvar.training.meter import Meter, Work, matrix_rate, nested
 from flexvar.training.optimiser import learning_rate, parameter_groups, precision
-from flexvar.training.order import Batch
+from flexvar.training.order import Batch, shared
 from flexvar.training.run_folder import RunFolder
 from flexvar.training.settings import RunConfig
 from flexvar.training.workshop import Workshop
@@ -46,6 +46,8 @@ class _Run:
     def __init__(
         self, workshop: Workshop, batches: Batches, held_out: list[Batch], config: RunConfig, rank: int, world: int, device: torch.device
     ) -> None:
+        if (share := shared(config.batch, world)) % config.accumulate:
+            raise ValueError(f"a process's share of {share} pictures cannot be worked off in {config.accumulate} parts; make it a multiple")
         self.config, self.rank, self.device = config, rank, device
         self.folder = RunFolder(Path(config.run), config.keep)
         self.workshop, self.network = workshop.to(device), workshop.network

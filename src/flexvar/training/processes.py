@@ -1,8 +1,10 @@
-"""One process or many: which device it has, how it joins the others."""
+"""One process or many: which device it has, how it joins the others, what it does with freed memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,3 +32,14 @@ def processes(device: torch.device) -> Iterator[tuple[int, int]]:
         yield dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
+
+
+def keep_memory() -> None:
+    """Makes the C library keep freed memory for the next step, where it is glibc, instead of giving it back to the system.
+
+    Otherwise each step gets gigabytes anew, which the system fills with zeros page by page.
+    """
+    trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(trim_threshold, -1)  # never
+        mallopt(most_mappings, 0)  # large pieces come from the heap too

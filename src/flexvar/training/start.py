@@ -20,7 +20,7 @@ from flexvar.pipeline import model_folder
 from flexvar.training.initial import begin_from
 from flexvar.training.loop import Batches, train
 from flexvar.training.order import Batch, Steps, shared
-from flexvar.training.processes import pick_device, processes
+from flexvar.training.processes import keep_memory, pick_device, processes
 from flexvar.training.settings import DataConfig, RunConfig, TokenizerRun, TransformerRun
 from flexvar.training.stream import Stream
 from flexvar.training.tokenizer import TokenizerWorkshop
@@ -36,6 +36,8 @@ MOST_WORKERS = 8
 def start(config: TokenizerRun | TransformerRun) -> Path:
     """Trains as the config says, or goes on from where the run stopped; gives the model folder."""
     device = pick_device()
+    if device.type == "cpu":
+        keep_memory()
     with processes(device) as (rank, world):
         torch.manual_seed(config.seed)
         source = open_source(config.data, config.seed)
