@@ -101,6 +101,58 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tokenizer: Path
     assert [report["step"] for report in reports(tmp_path / "stops")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_an_adversary_without_a_finite_gradient_does_not_learn_from_it(tmp_path: Path, monkeypatch, capsys) -> None:
+    def one(self: _Run, batch) -> tuple[float, float]:
+        poison = self.step == 1
+        hook = next(self.workshop.adversary.parameters()).register_hook(lambda g: g * math.nan) if poison else None
+        result = original(self, batch)
+        if hook:
+            hook.remove()
+        return result
+
+    original = _Run._one
+    monkeypatch.setattr(_Run, "_one", one)
+    words = ["adversary.weight=0.1", "adversary.start=0", "adversary.channels=8", "adversary.layers=1", "smallest=8"]
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), *words]) == 0
+    assert [report["skipped_steps"] for report in reports(tmp_path / "tokenizer")] == [0, 1, 1, 1]
+    state = newest_state(tmp_path / "tokenizer")["workshop"]
+    assert all(tensor.isfinite().all() for name, tensor in state.items() if name.startswith("adversary."))
+
+
+def test_what_a_run_cannot_do_is_said_in_one_line(tokenizer: Path, tmp_path: Path, capsys) -> None:
+    for words, complaint in (
+        (["sizes=[[4,4]]"], "sizes holds [4, 4], a single code"),
+        (["data={kind: folder, path: nowhere}"], "there is no folder nowhere"),
+        (["data={kind: shards, path: nowhere}"], "there is no shard nowhere"),
+    ):
+        assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer)), *words]) == 2
+        error = capsys.readouterr().err
+        assert complaint in error
+        assert error.count("\n") == 1
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), "adversary.weight=1"]) == 2
+    assert "adversary.start is 20000 of 4 steps" in capsys.readouterr().err
+
+
+def test_an_error_in_a_worker_is_one_line_too(tokenizer: Path, tmp_path: Path, capsys) -> None:
+    assert main(["data", "shapes", str(tmp_path / "shapes"), "--count", "1", "--height", "20", "--width", "20"]) == 0
+    for path in (tmp_path / "shapes").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    capsys.readouterr()
+    words = [f"data={{kind: folder, path: {tmp_path / 'shapes'}}}", "measure=0", "workers=1"]
+    assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer)), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"flexvar: none of the 10 pictures in {tmp_path / 'shapes'} can be read: check the files"
+
+
+def test_sheets_of_classes_that_are_not_there_and_a_finest_grid(tokenizer: Path, tmp_path: Path, capsys) -> None:
+    """Labels for more classes than there are draw without a class; a finest grid holds for training, sheets and defaults alike."""
+    done = run(tokenizer, tmp_path, "finest", "sheet_labels=[50]", "finest=3", "sizes=[[32,32]]")
+    assert all(max(map(int, scale.split("x"))) <= 3 for report in reports(done) for scale in report["loss_by_scale"])
+    model = load(done / "model")
+    assert (model.transformer.config.trained_grid, model.defaults.height, model.defaults.width) == (3, 12, 12)
+    assert list((done / "sheets").glob("*.png"))
+
+
 def test_the_latest_checkpoints_and_the_best_are_kept(tokenizer: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0])
     monkeypatch.setattr(_Run, "_measure", lambda self: {"loss": next(losses)})
@@ -163,11 +215,11 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_stopped_with_workers_it_saves_and_goes_on(number: signal.Signals, tokenizer: Path, tmp_path: Path, capsys) -> None:
-    """The signal reaches the workers too, as Ctrl-C in a terminal does."""
+    """The signal reaches the workers too, as Ctrl-C in a terminal and the end of torchrun do."""
     config = transformer_config(tmp_path, tokenizer, steps=2000, name="stopped")
     running = flexvar("train", "transformer", str(config), "workers=2", start_new_session=True)
     wait_for(tmp_path / "stopped" / "log.jsonl", running)
-    os.killpg(running.pid, number) if number == signal.SIGINT else running.send_signal(number)
+    os.killpg(running.pid, number)
     said, _ = running.communicate(timeout=60)
     assert running.returncode == 130, said
     assert "the same command goes on" in said

@@ -125,10 +125,10 @@ def test_network_and_adversary_learn_each_from_its_own_loss(tmp_path: Path) -> N
 
 
 def test_the_adversary_begins_at_its_step_and_resumes(tmp_path: Path, capsys) -> None:
-    for name, pieces in (("whole", [4]), ("pieces", [2, 4])):
+    for name, pieces in (("whole", [4]), ("pieces", [3, 4])):
         for steps in pieces:
             config = str(tokenizer_config(tmp_path, steps, name))
-            assert main(["train", "tokenizer", config, "optimiser.flat=1", "restart_every=0", *ADVERSARY]) == 0
+            assert main(["train", "tokenizer", config, "optimiser.flat=1", "restart_every=0", "save_every=1", *ADVERSARY]) == 0
     assert ["discriminator" in report for report in reports(tmp_path / "whole")] == [False, False, True, True]
     state = newest_state(tmp_path / "whole")["workshop"]
     assert any(name.startswith("adversary.") for name in state)
@@ -136,7 +136,7 @@ def test_the_adversary_begins_at_its_step_and_resumes(tmp_path: Path, capsys) ->
 
 
 def test_an_adversary_that_cannot_see_the_smallest_pictures(tmp_path: Path, capsys) -> None:
-    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), "adversary.weight=1", "smallest=16"]) == 2
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), "adversary.weight=1", "adversary.start=0", "smallest=16"]) == 2
     assert "smallest is 16 px, too small for a discriminator of 3 layers; give at least 24" in capsys.readouterr().err
 
 
@@ -227,3 +227,20 @@ def test_begins_from_a_model_with_the_same_codes(tmp_path: Path, capsys) -> None
     other = tokenizer_config(tmp_path, name="other")
     assert main(["train", "tokenizer", str(other), f"init_from={tmp_path / 'again' / 'model'}", "model.channels=16"]) == 2
     assert "does not fit the config's model: encoder." in capsys.readouterr().err
+
+
+def test_beginning_from_a_deeper_model_leaves_nothing_out_unsaid(tmp_path: Path, capsys) -> None:
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), "model.blocks=2", "steps=1"]) == 0
+    words = [f"init_from={tmp_path / 'tokenizer' / 'model'}", "steps=1"]
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path, name="shallow")), *words]) == 2
+    assert "does not fit the config's model: it has a" in capsys.readouterr().err
+
+
+def test_codes_are_the_same_under_autocast(tmp_path: Path) -> None:
+    """In half precision near codes would be taken for each other."""
+    workshop, _ = workshop_of(tmp_path, "model.codebook_size=512")
+    features = torch.randn(4, 16, 16, 4)
+    plain = workshop.tokenizer.quantizer.nearest(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(workshop.tokenizer.quantizer.nearest(features), plain)
+        assert losses.entropy(features, workshop.tokenizer.quantizer.codebook).dtype == torch.float32

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             words.run(words)
         except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-            print(f"flexvar: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"flexvar: {_one_line(error)}", file=sys.stderr)
             return 2
         except Exception as error:
             from flexvar.memory import is_out_of_memory
@@ -317,6 +317,14 @@ def run_plan(words: Words) -> None:
 
 
 # -- what the commands share --
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, without the traceback that a data loader's process puts before it."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]
+    return " ".join(text.split())
 
 
 def _device(name: str | None) -> Any:

@@ -21,7 +21,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         mask = os.umask(0)
         os.umask(mask)
         beside.chmod(0o666 & ~mask)  # some writers, safetensors' among them, keep others from reading their files
-        with beside.open("rb") as file:
+        with beside.open("r+b") as file:  # Windows syncs no file that is open for reading alone
             os.fsync(file.fileno())
         beside.replace(path)
     finally:

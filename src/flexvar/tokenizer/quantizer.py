@@ -25,8 +25,9 @@ class Quantizer(nn.Module):
         codebook = F.normalize(self.codebook.detach().float(), dim=-1).T  # (C, V)
         rows = max(1, SIMILARITIES_AT_ONCE // codebook.shape[1])
         codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-        for start in range(0, len(vectors), rows):
-            torch.argmax(vectors[start : start + rows] @ codebook, dim=-1, out=codes[start : start + rows])
+        with torch.autocast(vectors.device.type, enabled=False):  # in half precision near codes would be taken for each other
+            for start in range(0, len(vectors), rows):
+                torch.argmax(vectors[start : start + rows] @ codebook, dim=-1, out=codes[start : start + rows])
         return codes.reshape(features.shape[:-1])
 
     def lookup(self, codes: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def cache_features(config: CacheRun, overwrite: bool = False) -> Path:
         tokenizer = load(folder).tokenizer.to(device)
         source = open_source(config.data, config.seed)
         assert isinstance(source, PictureSource)  # CacheRun allows no other kind
-        views = FixedViews(source, config.seed, config.views)
+        views, dtype = FixedViews(source, config.seed, config.views), precision(config.precision, device)
         settings = CacheSettings(
             tokenizer_sha256=digest(folder),
             class_names=source.class_names,
@@ -44,19 +44,16 @@ def cache_features(config: CacheRun, overwrite: bool = False) -> Path:
             seed=config.seed,
             pictures=len(source),
             pictures_per_shard=config.shard,
-            provenance={"data": OmegaConf.to_container(OmegaConf.structured(config.data))},
+            provenance={"data": OmegaConf.to_container(OmegaConf.structured(config.data)), "precision": str(dtype)},
         )
         if overwrite and rank == 0:
             CacheWriter(config.out, settings, overwrite=True)
         if dist.is_initialized():
             dist.barrier()
         writer = CacheWriter(config.out, settings)
-        dtype = precision(config.precision, device)
         own = [shard for shard in writer.missing() if shard % world == rank]
         for shard in progress(own, f"caching into {config.out}"):
             _write(writer, shard, views, tokenizer, config.batch, dtype)
-        if dist.is_initialized():
-            dist.barrier()
     return Path(config.out)
 
 

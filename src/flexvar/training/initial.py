@@ -30,7 +30,8 @@ def begin_from(name: str, network: nn.Module, class_names: Sequence[str]) -> Non
     if isinstance(network, Tokenizer):
         if Path(name).is_file():
             theirs: Mapping[str, Tensor] = read_released(name)
-            _fill(network, {own: theirs[released_name(own)] for own in network.state_dict() if released_name(own) in theirs}, name)
+            ours = {released_name(own): own for own in network.state_dict()}
+            _fill(network, {ours.get(key, key): tensor for key, tensor in theirs.items()}, name)
         else:
             _fill(network, load(model_folder(name)).tokenizer.state_dict(), name)
         return
@@ -57,11 +58,16 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
         if key not in fitting and not key.startswith(CODES):
             there = f"has shape {tuple(tensors[key].shape)} instead of {tuple(ours[key].shape)}" if key in tensors else "is missing"
             raise ValueError(f"{name} does not fit the config's model: {key} {there}; give both the same shape")
+    for key in tensors:
+        if key not in ours and not key.startswith(CODES):
+            raise ValueError(f"{name} does not fit the config's model: it has a {key} besides; give both the same shape")
     network.load_state_dict(fitting, strict=False)
 
 
 def _classes(embedding: Tensor, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
     """The class embedding (classes + 1, D) for our classes, from one for theirs; the last row of both is the null class."""
+    if not theirs and len(embedding) == len(ours) + 1:
+        return embedding  # classes without names are matched by their order
     null = embedding[-1]
     rows = dict(zip(theirs, embedding, strict=False))
     return torch.stack([*(rows.get(name, null) for name in ours), null])

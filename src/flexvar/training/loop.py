@@ -25,6 +25,7 @@ from tqdm import tqdm
 from flexvar.training.meter import Meter, Work, matrix_rate, nested
 from flexvar.training.optimiser import learning_rate, parameter_groups, precision
 from flexvar.training.order import Batch, shared
+from flexvar.training.processes import MOST_WORKERS
 from flexvar.training.run_folder import RunFolder
 from flexvar.training.settings import RunConfig
 from flexvar.training.workshop import Workshop
@@ -71,6 +72,7 @@ class _Run:
         self.unreadable: set[str] = set()
         self.stopping = False
         self._resume()
+        self.first_step = self.step  # of this piece of the run
         for part in workshop.to_compile() if config.compile else []:
             part.compile(backend=config.compile, dynamic=True)
         self.wrapped: nn.Module = self.workshop
@@ -119,10 +121,10 @@ class _Run:
                 figures: dict[str, Any] = {"loss": averages.pop("loss", None), "gradient_norm": norm, "learning_rate": rate}
                 self._report(figures | nested(averages) | self._speed(self.step - reported_at, seconds))
                 reported_at, seconds = self.step, 0.0
-            if saving:
-                self._save()
             if self.rank == 0 and (self.step % config.sheet_every == 0 or self.step == config.steps):
                 self.workshop.sheet(self.average, self.folder.sheets / f"step-{self.step:07d}.png")
+            if saving:
+                self._save()
             if reporting or saving:
                 began = time.perf_counter()
             if broken:
@@ -151,9 +153,10 @@ class _Run:
         self.scaler.unscale_(self.optimiser)
         clip = options.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), clip).item()
+        finite = math.isfinite(norm)
         if self.workshop.adversary is not None:
-            nn.utils.clip_grad_norm_(self.workshop.adversary.parameters(), clip)
-        if math.isfinite(norm):
+            finite &= bool(nn.utils.clip_grad_norm_(self.workshop.adversary.parameters(), clip).isfinite())
+        if finite:
             self.scaler.step(self.optimiser)
             self.workshop.after_step(self.step + 1, self.optimiser)
             decay = min(options.ema, (1 + self.step) / (10 + self.step))
@@ -216,7 +219,6 @@ class _Run:
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        self.folder.write_checkpoint(self.step, state, self.best[0] if self.best else None)
         provenance = {
             "trained": {"steps": self.step, "pictures": self.step * self.config.batch, "seconds": round(self.seconds)},
             "config": OmegaConf.to_container(OmegaConf.structured(self.config)),
@@ -224,14 +226,17 @@ class _Run:
         self.folder.write_model(self.workshop.finished(self.average, provenance), is_best)
         if measured:
             self.folder.report({"step": self.step, "measured": measured, "best": is_best})
+        # Last, so that a run that was killed in between does all of this again.
+        self.folder.write_checkpoint(self.step, state, self.best[0] if self.best else None)
 
     def _measure(self) -> dict[str, Any]:
         with torch.no_grad(), self._autocast():
             return self.workshop.measured(self.average, [batch.to(self.device) for batch in self.held_out]) if self.held_out else {}
 
     def _earliest_shard(self) -> int:
-        """Of a stream: the first shard that some lane has not finished."""
-        earliest = torch.tensor(min(self.shards.values(), default=0), device=self.device)
+        """Of a stream: the first shard that some lane has not finished; where this piece began until all lanes have had a turn."""
+        all_heard = self.step - self.first_step >= max(self.config.workers, MOST_WORKERS)
+        earliest = torch.tensor(min(self.shards.values(), default=0) if all_heard else self.first_shard, device=self.device)
         if dist.is_initialized():
             dist.all_reduce(earliest, dist.ReduceOp.MIN)
         return int(earliest)
@@ -240,13 +245,18 @@ class _Run:
         newest = self.folder.newest()
         if newest:
             self._load(newest)
+        if dist.is_initialized():
+            steps = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(dist.get_world_size())]
+            dist.all_gather(steps, torch.tensor(self.step, device=self.device))
+            if len({int(step) for step in steps}) > 1:
+                raise ValueError(f"not all processes see the same checkpoint in {self.folder.path}; put run= where all machines read it")
         if self.rank == 0:
             changed = self.folder.begin(self.config, self.step)
             if changed and self.step:
                 self._say(f"{self.folder.path} goes on at step {self.step} with other settings than before: {', '.join(changed)}")
 
     def _load(self, path: Path) -> None:
-        state = self.folder.read(path, self.device)
+        state = self.folder.read(path)
         try:
             self.workshop.load_state_dict(state["workshop"])
         except RuntimeError as error:

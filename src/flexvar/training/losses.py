@@ -47,7 +47,8 @@ def entropy(features: Tensor, codebook: Tensor, temperature: float = 0.01) -> Te
     """
     flat = features.reshape(-1, features.shape[-1])
     flat = flat[:: max(1, -(-len(flat) // CODES_AT_ONCE))]  # (N, C)
-    similarity = 2 * flat @ F.normalize(codebook, dim=-1).T / temperature  # (N, V): minus the squared distance, but for a constant
+    with torch.autocast(flat.device.type, enabled=False):
+        similarity = 2 * flat.float() @ F.normalize(codebook.float(), dim=-1).T / temperature  # (N, V)
     shares, logs = similarity.softmax(-1), similarity.log_softmax(-1)  # (N, V)
     of_each = -(shares * logs).sum(-1).mean()
     mean = shares.mean(0).clamp_min(1e-10)  # (V,); entr has no finite gradient at 0

@@ -43,6 +43,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return replace(self, pictures=self.pictures.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True))
 
+    def pin_memory(self) -> Batch:
+        """The batch in memory from which a GPU can fetch it while others compute; the data loader asks for it."""
+        return replace(self, pictures=self.pictures.pin_memory(), labels=self.labels.pin_memory())
+
     def parts(self, count: int) -> list[Batch]:
         """The batch in so many parts of the same length."""
         length = len(self.positions) // count

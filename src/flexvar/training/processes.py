@@ -11,6 +11,9 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+MOST_WORKERS = 8
+"""Processes that prepare pictures, beside one training process, where their number is left to us."""
+
 
 def pick_device() -> torch.device:
     """The accelerator of this process, or the CPU."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flexvar.checkpoint import Model, save
+from flexvar.memory import is_out_of_memory
 from flexvar.training.config import write_config
 from flexvar.training.settings import RunConfig
 from flexvar.writing import write_whole
@@ -34,11 +35,13 @@ class RunFolder:
         found = sorted(self.checkpoints.glob("step-*.pt"))
         return found[-1] if found else None
 
-    def read(self, path: Path, device: torch.device) -> dict[str, Any]:
+    def read(self, path: Path) -> dict[str, Any]:
         """A checkpoint's state. ValueError when the file is damaged."""
         try:
-            return dict(torch.load(path, map_location=device, weights_only=True))
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # torch raises anything on damaged files
+            if is_out_of_memory(error):
+                raise
             raise ValueError(f"{path} is damaged; remove it to go on from the one before, or choose another run= folder") from error
 
     def begin(self, config: RunConfig, step: int) -> list[str]:

@@ -185,7 +185,7 @@ class TokenizerRun(RunConfig):
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     smallest: int = 32  # px: the shorter side from which perceptual and adversarial terms see a scale's picture
-    small: Literal["mask", "enlarge"] = "mask"  # what they do below it: leave the scale out, or see its picture enlarged to `smallest`
+    small: Literal["mask", "enlarge"] = "enlarge"  # what they do below it: leave the scale out, or see its picture enlarged to `smallest`
     codebook: float = 1.0  # codes towards features
     commitment: float = 0.25  # features towards codes
     entropy: float = 0.0  # each feature sure of its code, all codes used alike
@@ -199,6 +199,8 @@ class TokenizerRun(RunConfig):
         _demand(self, NOT_NEGATIVE, "l1 l2 codebook commitment entropy restart_every")
         _demand(self, SHARE, "continuous")
         _demand_grids(self.sizes, 2 ** (len(self.model.multipliers) - 1))
+        if self.adversary.weight and self.adversary.start >= self.steps:
+            raise ValueError(f"adversary.start is {self.adversary.start} of {self.steps} steps; lower it, or set adversary.weight=0")
         if self.data.kind == "features":
             raise ValueError("data.kind is features; a tokenizer is trained on pictures")
 

@@ -19,8 +19,9 @@ from flexvar.data.shards import ShardSource, TarShards
 from flexvar.pipeline import model_folder
 from flexvar.training.initial import begin_from
 from flexvar.training.loop import Batches, train
-from flexvar.training.order import Batch, Steps, shared
-from flexvar.training.processes import keep_memory, pick_device, processes
+from flexvar.training.order import Batch, Steps
+from flexvar.training.processes import MOST_WORKERS, keep_memory, pick_device, processes
+from flexvar.training.run_folder import RunFolder
 from flexvar.training.settings import DataConfig, RunConfig, TokenizerRun, TransformerRun
 from flexvar.training.stream import Stream
 from flexvar.training.tokenizer import TokenizerWorkshop
@@ -30,7 +31,6 @@ from flexvar.training.workshop import Workshop
 EXAMPLES = 8
 MEASURED_AT_ONCE = 64
 UNSEEN = 1_000_003  # added to the seed for pictures that are drawn to measure on
-MOST_WORKERS = 8
 
 
 def start(config: TokenizerRun | TransformerRun) -> Path:
@@ -51,11 +51,12 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
             workshop = TransformerWorkshop(config, load(model_folder(config.tokenizer)), source.class_names)
             if held_out and held_out.class_names != source.class_names:
                 raise ValueError(f"{config.data.held_out} has other classes than {config.data.path}; both need the same class folders")
-            if isinstance(source, FeatureCache):
-                _check_tokenizer(source, model_folder(config.tokenizer))
-        if config.init_from:
+            for pictures in (source, held_out):
+                if isinstance(pictures, FeatureCache):
+                    _check_tokenizer(pictures, model_folder(config.tokenizer))
+        if config.init_from and not RunFolder(Path(config.run), config.keep).newest():
             begin_from(config.init_from, workshop.network, source.class_names)
-        measured = _measured_batches(held_out, config, world) if held_out and rank == 0 else []
+        measured = _measured_batches(held_out, config) if held_out and rank == 0 else []
         return train(workshop, batches_of(source, config, rank, world), measured, config, rank=rank, world=world, device=device)
 
 
@@ -111,14 +112,19 @@ def spare_cores() -> int:
 
 
 def _leave_signals_to_the_loop(_: int) -> None:
-    """Ctrl-C reaches all processes; the loop still needs its batch to finish the step and save."""
+    """Ctrl-C, and torchrun where it ends a run, reach a whole group of processes; the loop still needs its batch to finish the step.
+
+    So a worker leaves the group, where there are groups. It still ends when the loop tells it to, or is no more.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
-def _measured_batches(source: PictureSource | ShardSource, config: RunConfig, world: int) -> list[Batch]:
+def _measured_batches(source: PictureSource | ShardSource, config: RunConfig) -> list[Batch]:
     """The same few batches of pictures at every measurement."""
-    size = min(shared(config.batch, world) // config.accumulate, MEASURED_AT_ONCE)
+    size = min(config.batch, MEASURED_AT_ONCE)
     if isinstance(source, PictureSource):
         steps = Steps(source, config.seed + UNSEEN, size, config.sizes)
         return [steps[i] for i in range(config.measure)]

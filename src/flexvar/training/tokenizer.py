@@ -2,7 +2,7 @@
 
 Where the paper is silent: the K - 1 random scales are different ones, their longer sides drawn evenly below the native one's, in the
 picture's own aspect ratio; the target of a scale is the picture reduced to that scale's own pixels; all scales count alike; perceptual and
-adversarial terms leave out the scales whose pictures are too small for them. docs/training.md tells what was measured.
+adversarial terms see pictures that are too small for them enlarged. docs/training.md tells what was measured.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class TokenizerWorkshop(Workshop):
                 scale |= self._as_seen(rebuilt, target, opposed=self._opposed(network, batch.step))
             for name, term in scale.items():
                 terms.setdefault(name, []).append(term)
-            self.used += torch.bincount(codes.flatten(), minlength=len(self.used)).cpu()
+            self.used = self.used.to(codes.device)
+            self.used.index_add_(0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=self.used.dtype))
             vectors.append(z.detach().reshape(-1, z.shape[-1]))
         self.latest = torch.cat(vectors)
         # All scales count alike, those too: a term that leaves some out is still divided by all of them.

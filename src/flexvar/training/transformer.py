@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,11 @@ class TransformerWorkshop(Workshop):
         self.config, self.class_names = config, class_names
         self.frozen = [tokenizer]  # in a list, so that it is not one of this module's own parts
         shape, painted = vars(config.model).copy(), tokenizer.tokenizer.config
-        shape["trained_grid"] = shape["trained_grid"] or largest_grid(config.sizes, painted.downsample)
+        grids = [self._drawn((height, width)) for height, width in config.sizes]
+        if (1, 1) in grids:
+            height, width = config.sizes[grids.index((1, 1))]
+            raise ValueError(f"sizes holds [{height}, {width}], a single code; take larger pictures, that have more than one scale")
+        shape["trained_grid"] = shape["trained_grid"] or max(math.isqrt(h * w) for h, w in grids)
         self.transformer = Transformer(
             TransformerConfig(**shape, classes=len(class_names), codebook_size=painted.codebook_size, code_width=painted.code_width)
         )
@@ -67,9 +70,16 @@ class TransformerWorkshop(Workshop):
 
     def _schedule(self, step: int, grid: Size) -> Schedule:
         """The scales of a step, the same on all processes."""
-        if finest := self.config.finest:
-            grid = max(1, grid[0] * finest // max(grid)), max(1, grid[1] * finest // max(grid))
-        return Schedule.random(self.config.schedules, step_random(self.config.seed, step, "schedule"), *grid)
+        return Schedule.random(self.config.schedules, step_random(self.config.seed, step, "schedule"), *self._at_most(grid))
+
+    def _at_most(self, grid: Size) -> Size:
+        """A grid, reduced to what the config allows as the finest."""
+        finest, longer = self.config.finest, max(grid)
+        return grid if not finest or longer <= finest else (max(1, grid[0] * finest // longer), max(1, grid[1] * finest // longer))
+
+    def _drawn(self, size: Size) -> Size:
+        """The finest grid that is learnt from pictures of size = (height, width) px."""
+        return self._at_most(grid_of(*size, self.frozen[0].tokenizer.config.downsample))
 
     def work(self, batch: Batch) -> Work:
         downsample = 1 if batch.cached else self.frozen[0].tokenizer.config.downsample
@@ -105,29 +115,29 @@ class TransformerWorkshop(Workshop):
     def sheet(self, network: nn.Module, path: Path) -> None:
         """Samples at fixed seeds: a row for each of the picture sizes, all of `sheet_labels`."""
         assert isinstance(network, Transformer)
-        tokenizer, defaults = self.frozen[0].tokenizer, self._defaults()
-        labels = [label for label in self.config.sheet_labels if label < len(self.class_names)]
+        defaults, classes = self._defaults(), network.config.classes
+        labels = [label for label in self.config.sheet_labels if label < classes] or [network.config.null_class]
         rows = []
-        for height, width in dict.fromkeys((height, width) for height, width in self.config.sizes):
-            grid = grid_of(height, width, tokenizer.config.downsample)
-            schedule = Schedule.for_grid(*grid, trained_grid=network.config.trained_grid)
+        for grid in dict.fromkeys(self._drawn((height, width)) for height, width in self.config.sizes):
             *_, last = generate(
-                tokenizer, network, labels, schedule, guidance=defaults.guidance, sampling=defaults.sampling, seeds=range(len(labels))
+                self.frozen[0].tokenizer,
+                network,
+                labels,
+                Schedule.for_grid(*grid, trained_grid=network.config.trained_grid),
+                guidance=defaults.guidance,
+                sampling=defaults.sampling,
+                seeds=range(len(labels)),
             )
             rows.append(to_pil(last.images))
         sheet(rows).save(path)
 
     def _defaults(self) -> Defaults:
         height, width = self.config.sizes[0]
-        guidance = Guidance("ramp", self.config.guidance_scale)
-        return Defaults(height, width, guidance=guidance, sampling=Sampling(top_k=0, top_p=0.95, greedy="none"))
+        h, w = self._drawn((height, width))
+        f, guidance = self.frozen[0].tokenizer.config.downsample, Guidance("ramp", self.config.guidance_scale)
+        return Defaults(h * f, w * f, guidance=guidance, sampling=Sampling(top_k=0, top_p=0.95, greedy="none"))
 
     def finished(self, network: nn.Module, provenance: dict[str, Any]) -> Model:
         assert isinstance(network, Transformer)
         before = self.frozen[0]
         return Model(before.tokenizer, network, self.class_names, self._defaults(), {**before.provenance, "transformer": provenance})
-
-
-def largest_grid(sizes: Sequence[Sequence[int]], downsample: int) -> int:
-    """The side of the square grid with as many codes as the largest of the picture sizes (height, width)."""
-    return max(math.isqrt(math.prod(grid_of(height, width, downsample))) for height, width in sizes)
