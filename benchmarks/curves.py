@@ -1,7 +1,7 @@
 """What training looked like: `python -m benchmarks.curves RUN [RUN ...] --out curves.png`, from the logs of runs (needs matplotlib).
 
 A row a run. Of a tokenizer: its loss, the PSNR of batches and of pictures held out, the codes in use. Of a transformer: its loss beside
-that of guessing, and loss and accuracy scale by scale.
+that of guessing, and loss and accuracy at the square scales that came in most reports.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,11 @@ def _of_transformer(axes: Any, reports: list[Line], measured: list[Line]) -> Non
     axes[0].plot(*series(measured, "measured", "loss"), label="loss, unseen, averaged weights")
     guessing = measured[-1]["measured"]["loss_of_guessing"] if measured else math.nan
     axes[0].axhline(guessing, color="grey", linestyle="--", label=f"guessing: {guessing:.2f}")
-    square = [scale for scale in measured[-1]["measured"]["loss_by_scale"] if len(set(scale.split("x"))) == 1] if measured else []
-    for scale in square:
-        axes[1].plot(*series(measured, "measured", "loss_by_scale", scale), label=f"loss, {scale}")
-        axes[2].plot(*series(measured, "measured", "accuracy_by_scale", scale), label=f"accuracy, {scale}")
+    often = Counter(scale for report in reports for scale in report["loss_by_scale"])
+    sides = sorted(int(scale.split("x")[0]) for scale, count in often.items() if len(set(scale.split("x"))) == 1 and 2 * count > len(reports))
+    for scale in [f"{side}x{side}" for side in sides[:: max(1, len(sides) // 4)]]:
+        axes[1].plot(*series(reports, "loss_by_scale", scale), label=f"loss, {scale}")
+        axes[2].plot(*series(reports, "accuracy_by_scale", scale), label=f"accuracy, {scale}")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_eight_pictures_are_learnt_by_heart(eight_pictures: Path, tmp_path: Path
     """Measured on these very pictures, with averaged weights: the tokenizer's PSNR, the share of codes that the transformer knows."""
     tokenizer, transformer = tmp_path / "tokenizer", tmp_path / "transformer"
     of_both = BOTH.replace("PICTURES", str(eight_pictures))
+    began = time.process_time()
 
     (tmp_path / "tokenizer.yaml").write_text(of_both + TOKENIZER)
     assert main(["train", "tokenizer", str(tmp_path / "tokenizer.yaml"), f"run={tokenizer}"]) == 0
@@ -63,3 +65,4 @@ def test_eight_pictures_are_learnt_by_heart(eight_pictures: Path, tmp_path: Path
     measured = measurements(transformer)[-1]["measured"]
     assert list(measured["accuracy_by_scale"]) == ["1x1", "2x2"]
     assert measured["accuracy"] > 0.95
+    assert time.process_time() - began < 60
