@@ -72,7 +72,8 @@ def _of_transformer(axes: Any, reports: list[Line], measured: list[Line]) -> Non
     guessing = measured[-1]["measured"]["loss_of_guessing"] if measured else math.nan
     axes[0].axhline(guessing, color="grey", linestyle="--", label=f"guessing: {guessing:.2f}")
     often = Counter(scale for report in reports for scale in report["loss_by_scale"])
-    sides = sorted(int(scale.split("x")[0]) for scale, count in often.items() if len(set(scale.split("x"))) == 1 and 2 * count > len(reports))
+    square = [scale for scale, count in often.items() if len(set(scale.split("x"))) == 1 and 2 * count > len(reports)]
+    sides = sorted(int(scale.split("x")[0]) for scale in square)
     for scale in [f"{side}x{side}" for side in sides[:: max(1, len(sides) // 4)]]:
         axes[1].plot(*series(reports, "loss_by_scale", scale), label=f"loss, {scale}")
         axes[2].plot(*series(reports, "accuracy_by_scale", scale), label=f"accuracy, {scale}")
