@@ -10,10 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "flexvar"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("schedule", "position", "attention", "kv_cache", "sampling", "weights", "writing", "progress", "sheet", "checks"),
+    ("schedule", "position", "attention", "kv_cache", "sampling", "weights", "writing", "progress", "sheet", "checks", "arguments"),
     ("tokenizer", "transformer", "data"),
     ("generation", "accounting"),
     ("editing", "checkpoint", "official", "zoo", "memory"),
+    ("models",),
     ("pipeline",),
     ("evaluation",),
     ("training", "app"),

@@ -278,7 +278,7 @@ def run_data(words: Words) -> None:
 
 def run_info(words: Words) -> None:
     from flexvar.checkpoint import load
-    from flexvar.pipeline import model_folder
+    from flexvar.models import model_folder
 
     model = load(model_folder(words.model))
     for name, network in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
@@ -300,7 +300,7 @@ def run_plan(words: Words) -> None:
 
     from flexvar.accounting import plan
     from flexvar.checkpoint import load_configs
-    from flexvar.pipeline import model_folder
+    from flexvar.models import model_folder
     from flexvar.schedule import Schedule
     from flexvar.tokenizer import TokenizerConfig
     from flexvar.transformer import TransformerConfig

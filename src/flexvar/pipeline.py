@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -16,18 +16,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flexvar import zoo
+from flexvar import editing
+from flexvar.arguments import is_single, items, seeds_of, whole_number
 from flexvar.checkpoint import Defaults, Model, load, save
-from flexvar.data import fitted, imagenet_classes, upright_rgb
-from flexvar.generation import Step, generate
+from flexvar.data import fitted, upright_rgb
+from flexvar.data.given import GivenPictures
+from flexvar.editing import Edit
+from flexvar.generation import Keep, Step, generate
 from flexvar.memory import Drawing
-from flexvar.official import read_released, to_released, tokenizer_from_released, transformer_from_released
+from flexvar.models import model_folder, released_model, write_released
 from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
 from flexvar.schedule import Schedule, ScheduleLike, grid_of
 from flexvar.sheet import to_pil
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
-from flexvar.writing import write_whole
 
 Label: TypeAlias = int | str | None
 OutputType: TypeAlias = Literal["pil", "np", "pt"]
@@ -76,17 +78,7 @@ class FlexVARPipeline:
     @classmethod
     def from_released(cls, tokenizer: str | Path, transformer: str | Path) -> FlexVARPipeline:
         """A pipeline from released .pth files of the tokenizer and the transformer; it draws as the released evaluation does."""
-        drawn = transformer_from_released(read_released(transformer))
-        painted = tokenizer_from_released(read_released(tokenizer))
-        if (drawn.config.codebook_size, drawn.config.code_width) != (painted.config.codebook_size, painted.config.code_width):
-            raise ValueError(f"{tokenizer} and {transformer} do not belong together: they have different codebooks")
-        classes = drawn.config.classes
-        names = tuple(name for _, name in imagenet_classes()) if classes == 1000 else tuple(f"class {i}" for i in range(classes))
-        side = drawn.config.trained_grid * painted.config.downsample
-        files = {"tokenizer": Path(tokenizer), "transformer": Path(transformer)}
-        seen = {part: {"file": path.name, "sha256": zoo.sha256(path)} for part, path in files.items()}
-        provenance = {"converted from": seen, "licence": "MIT (the authors of FlexVAR)"}
-        return cls(Model(painted, drawn, names, Defaults(side, side), provenance))
+        return cls(released_model(tokenizer, transformer))
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the model folder. Raises FileExistsError when it holds a model and `overwrite` is not set."""
@@ -94,15 +86,7 @@ class FlexVARPipeline:
 
     def save_released(self, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
         """Writes the two .pth files that the released code loads; gives their paths, tokenizer first."""
-        folder = Path(folder)
-        tokenizer, transformer = folder / zoo.RELEASED_TOKENIZER, folder / f"FlexVARd{self.transformer.config.depth}.pth"
-        for path in (tokenizer, transformer):
-            if path.exists() and not overwrite:
-                raise FileExistsError(f"{path} exists; choose another folder or ask for overwriting")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(tokenizer, lambda beside: torch.save({"model": to_released(self.tokenizer)}, beside))
-        write_whole(transformer, lambda beside: torch.save(to_released(self.transformer), beside))
-        return tokenizer, transformer
+        return write_released(self.model, folder, overwrite=overwrite)
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Uploads the model folder to the Hub under `repository`; gives its address."""
@@ -123,6 +107,7 @@ class FlexVARPipeline:
         self,
         class_labels: Label | Sequence[Label] = None,
         *,
+        edit: Edit | None = None,
         batch_size: int | None = None,
         output_type: OutputType = "pil",
         **settings: Any,
@@ -134,15 +119,15 @@ class FlexVARPipeline:
         output_type: "pil", "np" or "pt". The other keywords are those of `stream`.
         """
         _check_output_type(output_type)
-        listed = _listed(class_labels)
+        listed = _listed(class_labels, edit)
         labels, seeds = self.labels_of(listed), seeds_of(settings.pop("seed", None), len(listed))
-        at_once = len(listed) if batch_size is None else _integer(batch_size, "batch_size")
+        at_once = len(listed) if batch_size is None else whole_number(batch_size, "batch_size")
         if at_once < 1:
             raise ValueError(f"batch_size is {at_once}; draw at least 1 picture at a time")
         drawn = []
         for start in range(0, len(listed), at_once):
             part = slice(start, start + at_once)
-            *_, last = self.stream(listed[part], seed=seeds[part], **settings)
+            *_, last = self.stream(listed[part], edit=edit and edit.part(part), seed=seeds[part], **settings)
             drawn.append(last.images.float().cpu())
         return FlexVAROutput(_as(torch.cat(drawn), output_type), labels, seeds)
 
@@ -150,6 +135,7 @@ class FlexVARPipeline:
         self,
         class_labels: Label | Sequence[Label] = None,
         *,
+        edit: Edit | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -165,6 +151,7 @@ class FlexVARPipeline:
     ) -> Iterator[Step]:
         """Draws scale by scale: one Step for each, as soon as its codes are chosen. What is not given is the model's default.
 
+        edit: what is kept of given pictures (`edit_of`); its last step's images are the finished ones. It has its own height and width.
         height, width: pixels, multiples of the tokenizer's downsampling; one alone means a square.
         num_inference_steps: scales, at least 2. schedule: the scales themselves, instead of size and steps.
         guidance_scale, guidance: see `Guidance`; 1 switches "ramp" and "constant" off, 0 "official-ramp".
@@ -174,14 +161,78 @@ class FlexVARPipeline:
         Raises ValueError, in one line, for an unknown class, an impossible size or schedule, and settings out of range; MemoryError,
         naming the largest size that fits, where memory runs out.
         """
-        labels = self.labels_of(class_labels)
-        grids = self.schedule_of(height, width, num_inference_steps, schedule)
+        labels = self.labels_of(_listed(class_labels, edit))
+        grids = self.schedule_of(height, width, num_inference_steps, schedule, edit)
         guiding = self.guidance_of(guidance, guidance_scale, split_guidance)
         choosing = self.sampling_of(top_k, top_p, temperature, greedy)
         seeds = seeds_of(seed, len(labels))
         with self._drawing(grids, len(labels), guiding) as drawing:
-            steps = generate(self.tokenizer, self.transformer, labels, grids, guidance=guiding, sampling=choosing, seeds=seeds)
-        return _watched(steps, drawing)
+            keep = None if edit is None else self._keep(edit, grids)
+            steps = generate(self.tokenizer, self.transformer, labels, grids, guidance=guiding, sampling=choosing, keep=keep, seeds=seeds)
+        return _watched(steps, drawing, edit, len(grids))
+
+    # -- editing --
+
+    def refine(
+        self, image: GivenPictures, strength: float = 0.5, class_labels: Label | Sequence[Label] = None, **settings: Any
+    ) -> FlexVAROutput:
+        """Keeps the coarse scales of given pictures and draws the others again; with another class, an edit towards it.
+
+        strength: 0 keeps every scale, 1 none. height, width: another size or aspect ratio. For this and the other edits: image is one
+        picture or a list of one size (see `flexvar.data.given.pictures_of`); class_labels one for all, or one each, or several for one
+        picture; the result has the picture's size, unless it says otherwise; the other keywords are the call's own.
+        """
+        return self._edited("refine", image, class_labels, settings, strength=strength)
+
+    def upscale(
+        self, image: GivenPictures, factor: float | None = None, class_labels: Label | Sequence[Label] = None, **settings: Any
+    ) -> FlexVAROutput:
+        """Keeps every scale of given pictures up to their own, and draws larger ones: by a factor, or to `height` and `width`."""
+        return self._edited("upscale", image, class_labels, settings, factor=factor)
+
+    def inpaint(
+        self, image: GivenPictures, mask: GivenPictures | None = None, class_labels: Label | Sequence[Label] = None, **settings: Any
+    ) -> FlexVAROutput:
+        """Draws anew what is white in the mask or transparent in the picture; every pixel that is neither comes back to the bit.
+
+        feather, paste, mask_rule: see `flexvar.editing.inpaint`.
+        """
+        return self._edited("inpaint", image, class_labels, settings, mask=mask)
+
+    def outpaint(self, image: GivenPictures, class_labels: Label | Sequence[Label] = None, **settings: Any) -> FlexVAROutput:
+        """Draws beyond the edges of given pictures: `left`, `right`, `top`, `bottom` in pixels, or `height` and `width` with an `anchor`.
+
+        feather, paste, mask_rule: see `flexvar.editing.inpaint`.
+        """
+        return self._edited("outpaint", image, class_labels, settings)
+
+    def _edited(
+        self, operation: str, image: GivenPictures, class_labels: Label | Sequence[Label], settings: dict[str, Any], **own: Any
+    ) -> FlexVAROutput:
+        own |= {name: settings.pop(name) for name in editing.keywords(operation) if name in settings}
+        return self(class_labels, edit=self.edit_of(operation, image, **own), **settings)
+
+    def edit_of(self, operation: str, image: GivenPictures, *, max_pixels: int | None = None, **own: Any) -> Edit:
+        """The edit that `stream` and the call take: "refine", "upscale", "inpaint" or "outpaint", with that method's own keywords.
+
+        max_pixels: above so many, 4 times the training size by default, a reduced copy is drawn and the drawing enlarged.
+        """
+        if operation not in editing.EDITS:
+            raise ValueError(f"no edit is named {operation!r}; there are {', '.join(editing.EDITS)}")
+        f, trained = self.tokenizer.config.downsample, self.transformer.config.trained_grid * self.tokenizer.config.downsample
+        edit = editing.EDITS[operation](image, f, 4 * trained**2 if max_pixels is None else whole_number(max_pixels, "max_pixels"), **own)
+        if operation == "upscale" and max(edit.grid) * f > 2 * trained:
+            warnings.warn(f"{edit.size[0]} x {edit.size[1]} px is more than twice the trained {trained} px; expect waves", stacklevel=4)
+        return edit
+
+    @torch.no_grad()
+    def _keep(self, edit: Edit, schedule: Schedule) -> Keep:
+        """The codes of an edit's canvas, where and as far as they are kept."""
+        kept = schedule.sizes[: edit.kept(schedule)]
+        features = self.tokenizer.features(edit.canvas.to(self.tokenizer.after_codes.weight))
+        return edit.keep(self.tokenizer.codes(features, kept) if kept else [])
+
+    # -- through the tokenizer --
 
     @torch.no_grad()
     def reconstruct(
@@ -197,8 +248,8 @@ class FlexVARPipeline:
         if 0 in image.size:
             raise ValueError(f"the image has {image.height} x {image.width} pixels; give one that has some")
         image, f = upright_rgb(image), self.tokenizer.config.downsample
-        height = max(f, image.height // f * f) if height is None else _integer(height, "a side")
-        width = max(f, image.width // f * f) if width is None else _integer(width, "a side")
+        height = max(f, image.height // f * f) if height is None else whole_number(height, "a side")
+        width = max(f, image.width // f * f) if width is None else whole_number(width, "a side")
         grid = grid_of(height, width, f)
         weight = self.tokenizer.after_codes.weight
         pixels = torch.from_numpy(np.array(fitted(image, (height, width)))).permute(2, 0, 1)[None]
@@ -233,7 +284,7 @@ class FlexVARPipeline:
                 names = [self.class_names[by_name[name]] for name in close]
                 hint = f"did you mean {' or '.join(map(repr, names))}?" if names else "`flexvar info` lists the classes"
                 raise ValueError(f"there is no class {label!r}; {hint}")
-        number = int(label) if isinstance(label, str) else _integer(label, "a class label")
+        number = int(label) if isinstance(label, str) else whole_number(label, "a class label")
         if not 0 <= number < null_class:
             raise ValueError(f"there is no class {label}; indices go from 0 to {null_class - 1}, and None means no class")
         return number
@@ -259,9 +310,16 @@ class FlexVARPipeline:
         """The sampling that a call's keywords ask for, and the model's default where they do not."""
         return _replaced(self.defaults.sampling, top_k=top_k, top_p=top_p, temperature=temperature, greedy=greedy)
 
-    def schedule_of(self, height: int | None, width: int | None, steps: int | None, schedule: ScheduleLike | None) -> Schedule:
-        """The schedule that size and steps, or a list of scales, ask for."""
+    def schedule_of(
+        self, height: int | None, width: int | None, steps: int | None, schedule: ScheduleLike | None, edit: Edit | None = None
+    ) -> Schedule:
+        """The schedule that size and steps, a list of scales, or an edit ask for."""
         f, trained_grid = self.tokenizer.config.downsample, self.transformer.config.trained_grid
+        if edit is not None:
+            own = edit.grid[0] * f, edit.grid[1] * f
+            if (height or own[0], width or own[1]) != own:
+                raise ValueError(f"the edit draws {own[0]} x {own[1]} px; leave height and width out")
+            height, width = own
         if schedule is not None:
             given = Schedule.of(schedule)
             for name, asked, side in (("height", height, given[-1][0] * f), ("width", width, given[-1][1] * f)):
@@ -270,76 +328,37 @@ class FlexVARPipeline:
             if steps not in (None, len(given)):
                 raise ValueError(f"num_inference_steps is {steps}, but the schedule has {len(given)}; give one of the two")
             return given
+        if edit is not None:
+            asked = self.defaults.num_inference_steps if steps is None else whole_number(steps, "num_inference_steps")
+            return edit.schedule(asked, trained_grid)
         if height is None and width is None:
             height, width = self.defaults.height, self.defaults.width
-        height, width = (_integer(side, "a side") for side in (width if height is None else height, height if width is None else width))
+        height, width = (whole_number(side, "a side") for side in (width if height is None else height, height if width is None else width))
         if steps is None:
             return Schedule.for_grid(*grid_of(height, width, f), self.defaults.num_inference_steps, trained_grid)
-        return Schedule.for_size(height, width, _integer(steps, "num_inference_steps"), f, trained_grid)
+        return Schedule.for_size(height, width, whole_number(steps, "num_inference_steps"), f, trained_grid)
 
 
-def model_folder(name: str | Path) -> Path:
-    """The folder of a model by its name (see `FlexVARPipeline.from_pretrained`); fetches and converts what is not here yet."""
-    if name in zoo.BUNDLED:
-        return zoo.bundled_folder(str(name))
-    if name in zoo.RELEASED:
-        folder = zoo.cache_folder() / str(name)
-        if not (folder / "config.json").is_file():
-            FlexVARPipeline.from_released(*zoo.fetch_released(str(name))).save_pretrained(folder, overwrite=True)
-        return folder
-    if Path(name).is_dir():
-        return Path(name)
-    if isinstance(name, Path) or Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        raise FileNotFoundError(f"there is no model folder {name}; bundled and released models are {', '.join(zoo.NAMES)}")
-    return zoo.fetch_folder(str(name))
+def _watched(steps: Iterator[Step], drawing: Drawing, edit: Edit | None, count: int) -> Iterator[Step]:
+    """The steps as they are drawn, the last one of an edit with its finished pictures.
 
-
-def _watched(steps: Iterator[Step], drawing: Drawing) -> Iterator[Step]:
-    """The steps as they are drawn; where memory runs out, in drawing or in decoding one of them, the error names what fits."""
+    Where memory runs out, in drawing or in decoding one of them, the error names what fits.
+    """
     with drawing:
         for step in steps:
-            yield replace(step, decode=drawing(step.decode))
+            yield replace(step, decode=drawing(step.decode if edit is None or step.index < count - 1 else edit.finishing(step.decode)))
 
 
-def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed a picture: an integer s means s, s + 1, ... by position; None draws them. ValueError for another number or no integers."""
-    if seed is None:
-        return [int(number) for number in torch.randint(2**31, (count,))]
-    if _is_single(seed):
-        first = _integer(seed, "a seed")
-        seeds = [first + i for i in range(count)]
-    else:
-        seeds = [_integer(number, "a seed") for number in _items(seed)]
-    if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds were given for {count} pictures; give one a picture, or a single integer")
-    if not all(-(2**63) <= number < 2**63 for number in seeds):
-        raise ValueError("a seed is too large; give integers of at most 63 bits")
-    return seeds
-
-
-def _listed(class_labels: Any) -> list[Any]:
-    """One label or several as a list; ValueError when there is none."""
-    listed = [class_labels] if _is_single(class_labels) else list(_items(class_labels))
+def _listed(class_labels: Any, edit: Edit | None = None) -> list[Any]:
+    """One label or several as a list, one for all pictures of an edit; ValueError when there is none, or another number of them."""
+    listed = [class_labels] if is_single(class_labels) else list(items(class_labels))
     if not listed:
         raise ValueError("there are no class labels; give one or more, or None for pictures without a class")
+    if edit is not None and len(listed) == 1:
+        return listed * len(edit)
+    if edit is not None and len(edit) not in (1, len(listed)):
+        raise ValueError(f"{len(listed)} class labels were given for {len(edit)} pictures; give one, or one a picture")
     return listed
-
-
-def _is_single(value: Any) -> bool:
-    """Whether this is one value, and no list, array or tensor of them."""
-    return isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0
-
-
-def _items(values: Any) -> Any:
-    """The items of a list, an array or a tensor, as Python's own numbers."""
-    return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
-
-
-def _integer(value: Any, what: str) -> int:
-    try:
-        return index(value)
-    except TypeError as error:
-        raise ValueError(f"{what} is {value!r}; give an integer") from error
 
 
 def _check_output_type(output_type: str) -> None:

@@ -99,14 +99,18 @@ class Schedule:
         A square grid beyond the trained one gets extra scales in geometric steps behind a shorter row (24; 23, 32 from 16), where the
         steps suffice.
         """
-        extra = 0
-        if h == w and h > trained_grid:  # rounded, as log(24 / 16) / log(1.5) is to be 1
-            extra = math.ceil(round(math.log(h / trained_grid) / math.log(GROWTH), 9))
+        extra = _growths(h / trained_grid) if h == w and h > trained_grid else 0
         if not extra or steps - extra < 2:
             return cls(_merged(_scaled(_row(steps), h, w)))
-        within = _scaled(_row(steps - extra), trained_grid, trained_grid)
-        beyond = [round(trained_grid * (h / trained_grid) ** ((i + 1) / extra)) for i in range(extra)]
-        return cls(_merged([*within, *((side, side) for side in beyond)]))
+        return cls(_merged(_scaled(_row(steps - extra), trained_grid, trained_grid))).grown(h, w)
+
+    def grown(self, h: int, w: int) -> Schedule:
+        """This schedule continued to a larger grid in geometric steps, each at most 1.5 times the one before on a side."""
+        last_h, last_w = self.sizes[-1]
+        steps = _growths(max(h / last_h, w / last_w))
+        shares = [(i + 1) / steps for i in range(steps)]
+        beyond = [(round(last_h * (h / last_h) ** share), round(last_w * (w / last_w) ** share)) for share in shares]
+        return Schedule(_merged([*self.sizes, *beyond]))
 
     @classmethod
     def for_size(cls, height: int, width: int, steps: int = 10, downsample: int = 16, trained_grid: int = FINEST) -> Schedule:
@@ -225,6 +229,11 @@ def _scaled(row: Sequence[int], h: int, w: int, whole: bool = True) -> list[Size
     sizes = [(max(1, h * u // FINEST), max(1, w * u // FINEST)) for u in row]
     sizes[0] = (1, 1) if len(row) > 1 else sizes[0]
     return [*sizes[:-1], (h, w)] if whole else sizes
+
+
+def _growths(ratio: float) -> int:
+    """How many scales lead to a grid that is so many times larger."""
+    return math.ceil(round(math.log(ratio) / math.log(GROWTH), 9))  # rounded, as log(24 / 16) / log(1.5) is to be 1
 
 
 def _merged(sizes: Sequence[Size]) -> tuple[Size, ...]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from flexvar.checkpoint import load
 from flexvar.data import FixedViews, PictureSource
 from flexvar.data.features import CacheSettings, CacheWriter
-from flexvar.pipeline import model_folder
+from flexvar.models import model_folder
 from flexvar.progress import progress
 from flexvar.schedule import Size
 from flexvar.tokenizer import Tokenizer

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flexvar.checkpoint import load
+from flexvar.models import model_folder
 from flexvar.official import read_released, released_name
-from flexvar.pipeline import model_folder
 from flexvar.position import resample
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer

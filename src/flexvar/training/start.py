@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from flexvar.checkpoint import TOKENIZER, load
 from flexvar.data import Augmentation, EmojiScenes, FeatureCache, FixedViews, HubPictures, HubStream, ImageFolder, PictureSource, Shapes
 from flexvar.data.shards import ShardSource, TarShards
-from flexvar.pipeline import model_folder
+from flexvar.models import model_folder
 from flexvar.training.initial import begin_from
 from flexvar.training.loop import Batches, train
 from flexvar.training.order import Batch, Steps

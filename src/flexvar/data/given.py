@@ -1,0 +1,85 @@
+"""Pictures and masks as users hand them over: PIL, arrays or tensors, one or several, in whatever mode and depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from flexvar.data.images import upright_rgb
+
+OnePicture: TypeAlias = Image.Image | np.ndarray | Tensor
+GivenPictures: TypeAlias = OnePicture | Sequence[OnePicture]
+
+
+def pictures_of(image: GivenPictures, what: str = "the image") -> Tensor:
+    """Pictures (B, 4, H, W), float32 in [0, 1]: red, green, blue and how opaque each pixel is.
+
+    image: one or a list of them, all of one size. PIL pictures of any mode, turned as their EXIF tag says. Arrays (H, W), (H, W, C) or
+    (B, H, W, C) and tensors (H, W), (C, H, W) or (B, C, H, W) with 1, 3 or 4 channels: integers over their whole range, or floats in
+    [0, 1]. Raises ValueError, in one line, for anything else.
+    """
+    if isinstance(image, list | tuple):
+        if not image:
+            raise ValueError(f"{what} is an empty list; give one picture or more")
+        several = [pictures_of(one, what) for one in image]
+        if len({one.shape[-2:] for one in several}) > 1:
+            sizes = ", ".join(sorted({f"{one.shape[-2]} x {one.shape[-1]}" for one in several}))
+            raise ValueError(f"{what} is a list of pictures of several sizes ({sizes}); give one size at a time")
+        return torch.cat(several)
+    pixels = _channels_first(image, what)
+    if 0 in pixels.shape:
+        raise ValueError(f"{what} has {pixels.shape[-2]} x {pixels.shape[-1]} pixels; give one that has some")
+    if not torch.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
+        raise ValueError(f"{what} has values outside [0, 1]; give floats in [0, 1], or integers over their whole range")
+    if pixels.shape[1] == 4:
+        return pixels
+    return torch.cat((pixels.expand(-1, 3, -1, -1), torch.ones_like(pixels[:, :1])), 1)
+
+
+def over_white(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] of (B, 4, H, W) in [0, 1], their transparency over white."""
+    colours, opaque = pictures[:, :3], pictures[:, 3:]
+    return torch.where(opaque == 1, colours, torch.lerp(torch.ones_like(colours), colours, opaque)) * 2 - 1
+
+
+def mask_of(mask: GivenPictures, size: tuple[int, int]) -> Tensor:
+    """A mask (B or 1, 1, H, W) in [0, 1] of `size` = (height, width), 1 where it is white. Of any size: it is resized to the picture's.
+
+    Colours count by their brightness, and what is transparent is black.
+    """
+    given = pictures_of(mask, "the mask")
+    red, green, blue, opaque = given.split(1, 1)
+    grey = red if torch.equal(red, green) and torch.equal(red, blue) else 0.299 * red + 0.587 * green + 0.114 * blue
+    white = grey * opaque
+    if white.shape[-2:] == tuple(size):
+        return white
+    return F.interpolate(white, size, mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def _channels_first(image: Any, what: str) -> Tensor:
+    """Any single picture, or batch in one array, as (B, C, H, W) float32."""
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            return torch.empty(1, 3, image.height, image.width)
+        plain = ImageOps.exif_transpose(image).convert("RGBA") if image.has_transparency_data else upright_rgb(image)
+        return torch.from_numpy(np.array(plain)).permute(2, 0, 1)[None] / 255
+    if isinstance(image, np.ndarray):
+        array = image.astype(np.float32) / (np.iinfo(image.dtype).max if image.dtype.kind in "iu" else 1)
+        tensor = torch.from_numpy(array)
+        tensor = tensor.movedim(-1, -3) if tensor.ndim > 2 else tensor
+    elif isinstance(image, Tensor):
+        whole = not image.is_floating_point() and image.dtype != torch.bool
+        tensor = image.detach().float().cpu() / (torch.iinfo(image.dtype).max if whole else 1)
+    else:
+        raise ValueError(f"{what} is a {type(image).__name__}; give a PIL picture, for example from PIL.Image.open, an array or a tensor")
+    tensor = tensor[None] if tensor.ndim == 2 else tensor
+    tensor = tensor[None] if tensor.ndim == 3 else tensor
+    if tensor.ndim != 4 or tensor.shape[1] not in (1, 3, 4):
+        raise ValueError(f"{what} has shape {tuple(image.shape)}; give an array (H, W, C) or a tensor (C, H, W) of 1, 3 or 4 channels")
+    return tensor

@@ -1,0 +1,59 @@
+"""Models by their names, and from and to the files that the authors released."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from flexvar import zoo
+from flexvar.checkpoint import Defaults, Model, save
+from flexvar.data import imagenet_classes
+from flexvar.official import read_released, to_released, tokenizer_from_released, transformer_from_released
+from flexvar.writing import write_whole
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model by its name (see `FlexVARPipeline.from_pretrained`); fetches and converts what is not here yet."""
+    if name in zoo.BUNDLED:
+        return zoo.bundled_folder(str(name))
+    if name in zoo.RELEASED:
+        folder = zoo.cache_folder() / str(name)
+        if not (folder / "config.json").is_file():
+            save(released_model(*zoo.fetch_released(str(name))), folder, overwrite=True)
+        return folder
+    if Path(name).is_dir():
+        return Path(name)
+    if isinstance(name, Path) or Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise FileNotFoundError(f"there is no model folder {name}; bundled and released models are {', '.join(zoo.NAMES)}")
+    return zoo.fetch_folder(str(name))
+
+
+def released_model(tokenizer: str | Path, transformer: str | Path) -> Model:
+    """A model from released .pth files of the tokenizer and the transformer; it draws as the released evaluation does."""
+    drawn = transformer_from_released(read_released(transformer))
+    painted = tokenizer_from_released(read_released(tokenizer))
+    if (drawn.config.codebook_size, drawn.config.code_width) != (painted.config.codebook_size, painted.config.code_width):
+        raise ValueError(f"{tokenizer} and {transformer} do not belong together: they have different codebooks")
+    classes = drawn.config.classes
+    names = tuple(name for _, name in imagenet_classes()) if classes == 1000 else tuple(f"class {i}" for i in range(classes))
+    side = drawn.config.trained_grid * painted.config.downsample
+    files = {"tokenizer": Path(tokenizer), "transformer": Path(transformer)}
+    seen = {part: {"file": path.name, "sha256": zoo.sha256(path)} for part, path in files.items()}
+    provenance = {"converted from": seen, "licence": "MIT (the authors of FlexVAR)"}
+    return Model(painted, drawn, names, Defaults(side, side), provenance)
+
+
+def write_released(model: Model, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
+    """Writes the two .pth files that the released code loads; gives their paths, tokenizer first."""
+    painted, drawn, folder = model.tokenizer, model.transformer, Path(folder)
+    if drawn is None:
+        raise ValueError("this model has no transformer yet; train one on its tokenizer first")
+    tokenizer, transformer = folder / zoo.RELEASED_TOKENIZER, folder / f"FlexVARd{drawn.config.depth}.pth"
+    for path in (tokenizer, transformer):
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; choose another folder or ask for overwriting")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(tokenizer, lambda beside: torch.save({"model": to_released(painted)}, beside))
+    write_whole(transformer, lambda beside: torch.save(to_released(drawn), beside))
+    return tokenizer, transformer

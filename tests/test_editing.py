@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flexvar import FlexVARPipeline, Guidance, Sampling, Schedule, Tokenizer, Transformer, editing
+from flexvar.checkpoint import Defaults, Model
+from flexvar.data.given import mask_of, over_white, pictures_of
+
+SIDE = 16
+NAMES = ("pizza", "cat face", "dog face", "Rocket", "12")
+
+
+@pytest.fixture(scope="module")
+def pipe(small_tokenizer: Tokenizer, small_transformer: Transformer) -> FlexVARPipeline:
+    defaults = Defaults(SIDE, SIDE, 4, Guidance("ramp", 2.0), Sampling(0, 0.95, greedy="none"))
+    return FlexVARPipeline(Model(small_tokenizer, small_transformer, NAMES, defaults))
+
+
+def picture(seed: int = 0, height: int = SIDE, width: int = SIDE) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def half(height: int = SIDE, width: int = SIDE) -> np.ndarray:
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 2 :] = 255
+    return mask
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+EDITS = {
+    "refine": ({"strength": 0.5}, (SIDE, SIDE)),
+    "upscale": ({"factor": 1.5}, (24, 24)),
+    "inpaint": ({"mask": half()}, (SIDE, SIDE)),
+    "outpaint": ({"left": 3, "bottom": 8}, (24, 19)),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_every_edit_gives_its_size_and_the_same_again(pipe: FlexVARPipeline, name: str) -> None:
+    words, (height, width) = EDITS[name]
+    first, second, other = (getattr(pipe, name)(picture(), class_labels="pizza", seed=seed, **words).images[0] for seed in (3, 3, 4))
+    assert first.size == (width, height)
+    assert np.array_equal(pixels(first), pixels(second))
+    assert not np.array_equal(pixels(first), pixels(other))
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_is_the_same_alone_and_in_any_batch(pipe: FlexVARPipeline, name: str) -> None:
+    words, _ = EDITS[name]
+    pictures, labels = [picture(i) for i in range(3)], ["pizza", 3, None]
+    many = getattr(pipe, name)(pictures, class_labels=labels, seed=5, output_type="pt", **words).images
+    parts = getattr(pipe, name)(pictures, class_labels=labels, seed=5, output_type="pt", batch_size=2, **words).images
+    alone = getattr(pipe, name)(pictures[1], class_labels=3, seed=6, output_type="pt", **words).images
+    assert torch.allclose(many, parts, atol=1e-5)
+    assert torch.allclose(many[1], alone[0], atol=1e-5)
+
+
+def test_one_picture_with_several_classes_and_one_class_for_several_pictures(pipe: FlexVARPipeline) -> None:
+    assert len(pipe.refine(picture(), 0.5, ["pizza", "Rocket", None], seed=1).images) == 3
+    assert pipe.refine([picture(), picture(1)], 0.5, "Rocket", seed=1).labels == [3, 3]
+    with pytest.raises(ValueError, match="3 class labels were given for 2 pictures"):
+        pipe.refine([picture(), picture(1)], 0.5, [0, 1, 2])
+
+
+@pytest.mark.parametrize("rule", ["any", "majority", "all"])
+def test_kept_codes_are_kept_at_every_scale(pipe: FlexVARPipeline, rule: str) -> None:
+    edit = pipe.edit_of("inpaint", picture(), mask=half(), mask_rule=rule)
+    steps = list(pipe.stream("pizza", edit=edit, seed=2))
+    schedule = Schedule(tuple(step.size for step in steps))
+    with torch.no_grad():
+        own = pipe.tokenizer.codes(pipe.tokenizer.features(edit.canvas), schedule)
+    for step, codes in zip(steps, own, strict=True):
+        last = step.index == len(steps) - 1
+        kept = ~editing.drawn_cells(edit.white, step.size, "any" if last else rule)
+        assert torch.equal(step.codes[kept], codes[kept])
+    assert (steps[-1].codes != own[-1])[..., 2:].any()
+
+
+def test_strength_is_the_share_drawn_anew(pipe: FlexVARPipeline) -> None:
+    canvas = over_white(pictures_of(picture()))
+    with torch.no_grad():
+        own = pipe.tokenizer.codes(pipe.tokenizer.features(canvas), [1, 2, 3, 4])
+    for strength, kept in ((0, 4), (0.25, 3), (0.5, 2), (1, 0)):
+        steps = list(pipe.stream(1, edit=pipe.edit_of("refine", picture(), strength=strength), schedule=[1, 2, 3, 4], seed=0))
+        equal = [torch.equal(step.codes, codes) for step, codes in zip(steps, own, strict=True)]
+        assert all(equal[:kept])
+        assert kept == 4 or not equal[-1]
+    nothing_kept = pipe.refine(picture(), 1.0, 1, seed=7).images[0]
+    assert np.array_equal(pixels(nothing_kept), pixels(pipe(1, seed=7).images[0]))
+
+
+def test_refine_at_another_aspect_ratio(pipe: FlexVARPipeline) -> None:
+    assert pipe.refine(picture(), 0.6, 0, height=8, width=24, seed=0).images[0].size == (24, 8)
+
+
+def test_upscale_keeps_the_native_scales_and_grows_beyond(pipe: FlexVARPipeline) -> None:
+    edit = pipe.edit_of("upscale", picture(), factor=2)
+    steps = list(pipe.stream(0, edit=edit, seed=0, num_inference_steps=6))
+    sizes = [step.size for step in steps]
+    assert sizes == list(Schedule.for_grid(4, 4, 4, 4).grown(8, 8))
+    with torch.no_grad():
+        own = pipe.tokenizer.codes(pipe.tokenizer.features(edit.canvas), sizes[: sizes.index((4, 4)) + 1])
+    assert all(torch.equal(step.codes, codes) for step, codes in zip(steps, own, strict=False))
+    with pytest.warns(UserWarning, match="more than twice the trained 16 px"):
+        assert pipe.upscale(picture(height=8, width=12), 4, 0, seed=0).images[0].size == (48, 32)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (13, 19), (7, 30), (1, 1), (5, 2)])
+def test_black_pixels_come_back_to_the_bit_at_any_size(pipe: FlexVARPipeline, height: int, width: int) -> None:
+    given, mask = picture(1, height, width), np.random.default_rng(2).choice([0, 0, 90, 255], (height, width)).astype(np.uint8)
+    mask[-1, -1] = 255
+    result = pipe.inpaint(given, mask, 0, seed=0).images[0]
+    assert result.size == given.size
+    assert np.array_equal(pixels(result)[mask == 0], pixels(given)[mask == 0])
+
+
+def test_black_pixels_come_back_above_max_pixels(pipe: FlexVARPipeline) -> None:
+    given, mask = picture(1, 61, 90), half(61, 90)
+    result = pipe.inpaint(given, mask, 0, seed=0, max_pixels=200).images[0]
+    assert np.array_equal(pixels(result)[mask == 0], pixels(given)[mask == 0])
+    assert pipe.refine(given, 0.5, 0, seed=0, max_pixels=200).images[0].size == given.size
+
+
+@pytest.mark.parametrize("words", [{"left": 5}, {"right": 4, "top": 3}, {"height": 21, "width": 40, "anchor": "bottom-left"}])
+def test_outpaint_keeps_the_picture_in_its_place(pipe: FlexVARPipeline, words: dict) -> None:
+    given = picture(3, 13, 18)
+    result = pipe.outpaint(given, 0, seed=0, **words).images[0]
+    if "anchor" in words:
+        assert result.size == (40, 21)
+        left, top = 0, 8
+    else:
+        left, top = words.get("left", 0), words.get("top", 0)
+    assert np.array_equal(pixels(result)[top : top + 13, left : left + 18], pixels(given))
+
+
+@pytest.mark.parametrize("feather", [0, 3, None])
+def test_what_lies_under_white_does_not_matter(pipe: FlexVARPipeline, feather: int | None) -> None:
+    mask = half()
+    one, other = pixels(picture(1)), pixels(picture(2))
+    other[mask == 0] = one[mask == 0]
+    results = [pipe.inpaint(p.astype(np.uint8), mask, 0, feather=feather, seed=0).images[0] for p in (one, other)]
+    assert np.array_equal(pixels(results[0]), pixels(results[1]))
+
+
+def test_grey_is_the_weight_of_the_drawing(pipe: FlexVARPipeline) -> None:
+    given, mask = pictures_of(picture()), torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., 8:], mask[..., 6:8] = 1, 0.25
+    pasted = pipe.inpaint(given, mask, 0, seed=0, feather=0, output_type="pt").images
+    drawn = pipe.inpaint(given, mask, 0, seed=0, paste=False, output_type="pt").images
+    # under grey the given colours count only as far as they are kept, and the rest comes from around
+    filling = (editing.filled(given[:, :3] * 2 - 1, 1 - mask) + 1) / 2
+    assert torch.allclose(pasted[..., 6:8], 0.75 * filling[..., 6:8] + 0.25 * drawn[..., 6:8], atol=1e-5)
+    assert torch.allclose(pasted[..., 8:], drawn[..., 8:], atol=1e-6)
+
+
+def test_transparency_is_the_mask(pipe: FlexVARPipeline) -> None:
+    given = picture()
+    see_through = given.copy()
+    see_through.putalpha(Image.fromarray(255 - half()))
+    by_alpha, by_mask = pipe.inpaint(see_through, class_labels=0, seed=0), pipe.inpaint(given, half(), 0, seed=0)
+    assert np.array_equal(pixels(by_alpha.images[0]), pixels(by_mask.images[0]))
+    both = pipe.inpaint(see_through, np.ascontiguousarray(half().T), 0, seed=0).images[0]
+    kept = (half() == 0) & (half().T == 0)
+    assert np.array_equal(pixels(both)[kept], pixels(given)[kept])
+
+
+def test_a_full_mask_draws_as_without_a_picture(pipe: FlexVARPipeline) -> None:
+    white = np.full((SIDE, SIDE), 255, np.uint8)
+    result = pipe.inpaint(picture(), white, 2, seed=9, output_type="pt").images
+    assert torch.allclose(result, pipe(2, seed=9, output_type="pt").images, atol=1e-6)
+
+
+def test_a_mask_of_another_size_is_resized(pipe: FlexVARPipeline) -> None:
+    result = pipe.inpaint(picture(), half(32, 64), 0, seed=0).images[0]
+    assert np.array_equal(pixels(result)[:, :7], pixels(picture())[:, :7])
+
+
+def test_edits_combine(pipe: FlexVARPipeline) -> None:
+    wider = pipe.outpaint(picture(), 0, right=8, seed=0).images[0]
+    mask = np.zeros((SIDE, 24), np.uint8)
+    mask[:, 12:20] = 255
+    again = pipe.inpaint(wider, mask, 0, seed=1).images[0]
+    assert pipe.refine(again, 0.3, 0, seed=2).images[0].size == (24, 16)
+
+
+def test_stream_ends_with_the_finished_picture(pipe: FlexVARPipeline) -> None:
+    *_, last = pipe.stream("pizza", edit=pipe.edit_of("inpaint", picture(), mask=half()), seed=3)
+    out = pipe.inpaint(picture(), half(), "pizza", seed=3, output_type="pt").images
+    assert torch.equal((last.images + 1) / 2, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "complaint"),
+    [
+        ("inpaint", {"mask": np.zeros((SIDE, SIDE), np.uint8)}, "nothing to draw: the mask is black everywhere"),
+        ("inpaint", {}, "nothing to draw"),
+        ("inpaint", {"mask": half(), "mask_rule": "some"}, "mask_rule is 'some'; there are any, majority, all"),
+        ("inpaint", {"mask": half(), "feather": -1}, "feather is -1"),
+        ("inpaint", {"mask": [half(), half()]}, "2 masks were given for 1 pictures"),
+        ("inpaint", {"mask": half(), "height": 32}, "the edit draws 16 x 16 px"),
+        ("outpaint", {}, "nothing to draw beyond the picture"),
+        ("outpaint", {"left": -4}, "would become smaller"),
+        ("outpaint", {"left": 4, "height": 32}, "and not both"),
+        ("outpaint", {"height": 32, "anchor": "middle"}, "anchor is 'middle'"),
+        ("upscale", {}, "give a factor"),
+        ("upscale", {"factor": 0.5}, "would become smaller"),
+        ("upscale", {"factor": float("nan")}, "would become smaller"),
+        ("upscale", {"factor": 2, "height": 32}, "and not both"),
+        ("refine", {"strength": 1.5}, "strength is 1.5"),
+        ("refine", {"height": 18}, "multiples of 4 px"),
+        ("refine", {"schedule": [1, 2]}, "but the schedule ends at 8 px"),
+        ("refine", {"num_inference_steps": 1}, "at least 2"),
+        ("refine", {"max_pixels": 0}, "max_pixels is 0"),
+        ("refine", {"speed": 1}, "speed"),
+    ],
+)
+def test_bad_words(pipe: FlexVARPipeline, name: str, words: dict, complaint: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=complaint):
+        getattr(pipe, name)(picture(), **words)
+
+
+def test_unknown_edits(pipe: FlexVARPipeline) -> None:
+    with pytest.raises(ValueError, match="no edit is named 'sharpen'; there are refine, upscale, inpaint, outpaint"):
+        pipe.edit_of("sharpen", picture())
+
+
+# -- pictures as they are given --
+
+
+def test_every_form_of_a_picture_is_the_same() -> None:
+    given = picture()
+    array = np.asarray(given)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    forms = [array, array[None], array.astype(np.float32) / 255, array.astype(np.uint16) * 257]
+    for form in (*forms, tensor, tensor[None], tensor / 255, [given]):
+        assert torch.allclose(pictures_of(form), pictures_of(given), atol=1e-6)
+    assert pictures_of([given, array]).shape == (2, 4, SIDE, SIDE)
+
+
+def test_modes_and_turned_pictures(tmp_path: Path) -> None:
+    grey = Image.fromarray(np.arange(0, 256, 16, dtype=np.uint8).reshape(4, 4))
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    array = np.array(grey)
+    for mode in (grey, deep, grey.convert("CMYK"), grey.convert("P"), grey.convert("LA"), array, torch.from_numpy(array)):
+        assert torch.allclose(pictures_of(mode)[0, :3], pictures_of(grey.convert("RGB"))[0, :3], atol=1.5 / 255)
+    turned, exif = picture(0, 8, 12), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert pictures_of(image).shape == (1, 4, 12, 8)
+
+
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        ("cat.png", "is a str; give a PIL picture"),
+        ([], "empty list"),
+        ([np.zeros((4, 4, 3)), np.zeros((4, 6, 3))], "several sizes"),
+        (np.full((4, 4, 3), 2.0), r"outside \[0, 1\]"),
+        (np.full((4, 4, 3), np.nan), r"outside \[0, 1\]"),
+        (np.zeros((4, 4, 2)), "1, 3 or 4 channels"),
+        (torch.zeros(3, 0, 4), "has 0 x 4 pixels"),
+        (Image.new("RGB", (0, 4)), "has 4 x 0 pixels"),
+    ],
+)
+def test_what_is_no_picture(image, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        pictures_of(image)
+
+
+def test_masks() -> None:
+    assert torch.equal(mask_of(half() > 0, (SIDE, SIDE)), torch.from_numpy(half())[None, None] / 255)
+    assert mask_of(Image.new("1", (4, 4), 1), (8, 6)).shape == (1, 1, 8, 6)
+    assert mask_of(Image.new("RGBA", (4, 4)), (4, 4)).max() == 0
+
+
+# -- what an edit is made of --
+
+
+def test_filling_continues_what_is_known() -> None:
+    flat, known = torch.full((1, 3, 13, 9), 0.4), torch.ones(1, 1, 13, 9)
+    known[..., 3:9, 2:] = 0
+    assert torch.allclose(editing.filled(torch.where(known > 0, flat, -1.0), known), flat, atol=1e-5)
+    assert torch.equal(editing.filled(flat, torch.zeros_like(known)), torch.zeros_like(flat))
+    assert torch.equal(editing.filled(flat, torch.ones_like(known)), flat)
+
+
+def test_nearness_falls_with_the_distance() -> None:
+    there = torch.zeros(1, 1, 1, 6)
+    there[..., 0] = 1
+    assert torch.allclose(editing.near(there, 3)[0, 0, 0], torch.tensor([1, 0.75, 0.5, 0.25, 0, 0]))
+
+
+def test_the_seam_of_a_step_and_of_a_ramp() -> None:
+    ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
+    white = (torch.arange(8) >= 4).float().expand(1, 1, 8, 8)
+    step = white.expand(1, 3, 8, 8) * 2 - 1
+    pairs = 2 * 8 * 7  # of neighbours, half of them side by side
+    assert editing.seam(ramp, white).item() == pytest.approx(2, rel=1e-5)
+    assert editing.seam(step, white).item() == pytest.approx(pairs / 8, rel=1e-5)
+
+
+def test_drawn_cells() -> None:
+    white = torch.zeros(1, 1, 8, 8)
+    white[..., :5] = 1  # the middle cell of four columns is half white
+    columns = {rule: editing.drawn_cells(white, (1, 4), rule)[0, 0].tolist() for rule in ("any", "majority", "all")}
+    assert columns == {"any": [True] * 3 + [False], "majority": [True] * 3 + [False], "all": [True] * 2 + [False] * 2}
