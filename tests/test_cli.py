@@ -143,7 +143,7 @@ def test_every_command_has_help_with_an_example() -> None:
             yield path, of.format_help()
 
     found = dict(commands(parser()))
-    assert {path[0] for path in found} == {"sample", "train", "cache", "convert", "data", "info", "plan"}
+    assert {path[0] for path in found} == {"sample", "edit", "train", "cache", "convert", "data", "info", "plan"}
     for path, text in found.items():
         assert f"example: flexvar {' '.join(path)}" in " ".join(text.split()), path
 
@@ -159,3 +159,64 @@ def test_as_a_program(model: str, tmp_path: Path) -> None:
     run = subprocess.run(words, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
     assert "Traceback" not in run.stderr
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 18, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    mask = np.zeros((13, 18), np.uint8)
+    mask[:, 9:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return str(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "size"),
+    [
+        ("refine", ["--strength", "0.7"], (18, 13)),
+        ("upscale", ["--factor", "1.5"], (27, 20)),
+        ("inpaint", ["--mask", "mask.png", "--feather", "0", "--mask-rule", "any"], (18, 13)),
+        ("outpaint", ["--left", "5", "--no-paste"], (23, 13)),
+    ],
+)
+def test_edit(model: str, photo: str, tmp_path: Path, capsys, monkeypatch, name: str, words: list[str], size: tuple[int, int]) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["edit", name, photo, *words, "--class", "pizza", "cat face", "--model", model, "--seed", "4", "--sheet", "--out", "out"]
+    assert main(asked) == 0
+    expected = [f"photo-{name}-pizza-seed4.png", f"photo-{name}-cat-face-seed5.png", f"photo-{name}-sheet.png"]
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == expected
+    picture = Image.open(tmp_path / "out" / expected[1])
+    assert picture.size == size
+    assert (picture.text["edit"], picture.text["of"], picture.text["class"], picture.text["seed"]) == (name, "photo.png", "cat face", "5")
+    if name == "inpaint":
+        assert np.array_equal(np.asarray(picture)[:, :9], np.asarray(Image.open(photo))[:, :9])
+        pipe = FlexVARPipeline.from_pretrained(model)
+        same = pipe.inpaint(Image.open(photo), Image.open("mask.png"), "cat face", feather=0, mask_rule="any", seed=5).images[0]
+        assert np.array_equal(np.asarray(picture), np.asarray(same))
+    assert main(asked) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["refine", "nothing.png"], "there is no picture nothing.png"),
+        (["inpaint", "photo.png"], "nothing to draw: the mask is black everywhere and the picture opaque"),
+        (["inpaint", "photo.png", "--mask", "no.png"], "there is no picture no.png"),
+        (["inpaint", "broken.png", "--mask", "mask.png"], "broken.png is not an image"),
+        (["outpaint", "photo.png"], "nothing to draw beyond the picture"),
+        (["upscale", "photo.png"], "give a factor, or a height or width"),
+        (["refine", "photo.png", "--strength", "2"], "strength is 2.0"),
+        (["refine", "photo.png", "--count", "0"], "--count is 0"),
+        (["refine", "photo.png", "photo.png", "other/photo.png"], "two pictures have the same name"),
+    ],
+)
+def test_bad_edits(model: str, photo: str, tmp_path: Path, capsys, monkeypatch, words: list[str], complaint: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert main(["edit", *words, "--model", model]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

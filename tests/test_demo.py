@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from examples import bundle, demo
+from benchmarks import editing
+from examples import bundle, demo, edit
 from PIL import Image
 
 from flexvar import zoo
@@ -24,6 +25,23 @@ def test_demo_draws_four_sheets_and_says_where(tmp_path: Path, monkeypatch, caps
         assert str(tmp_path / "demo" / name) in printed
         pixels = np.asarray(Image.open(tmp_path / "demo" / name))
         assert pixels.std() > 10, name
+
+
+@pytest.mark.slow
+def test_the_edits_of_the_readme(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["edit", str(tmp_path / "edits.png"), "frog"])
+    edit.main()
+    assert np.asarray(Image.open(tmp_path / "edits.png")).std() > 10
+    assert len(Path(edit.__file__).read_text(encoding="utf-8").splitlines()) <= 40
+
+
+@pytest.mark.slow
+def test_completed_pictures_keep_their_class_and_hide_their_seam(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["editing", "--quick"])
+    assert editing.main() == 0
+    said = capsys.readouterr().out
+    assert "as it is" in said
+    assert said.rstrip().endswith("ok")
 
 
 def test_the_bundled_model_keeps_its_promises() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from flexvar.data.images import upright_rgb
+from flexvar.data.images import decoded, upright_rgb
 
 OnePicture: TypeAlias = Image.Image | np.ndarray | Tensor
 GivenPictures: TypeAlias = OnePicture | Sequence[OnePicture]
@@ -40,6 +41,13 @@ def pictures_of(image: GivenPictures, what: str = "the image") -> Tensor:
     if pixels.shape[1] == 4:
         return pixels
     return torch.cat((pixels.expand(-1, 3, -1, -1), torch.ones_like(pixels[:, :1])), 1)
+
+
+def read_given(path: str | Path) -> Image.Image:
+    """A picture file as it is, its transparency too, turned as its EXIF tag says. Raises FileNotFoundError or ValueError, in one line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no picture {path}: check the path")
+    return decoded(path, path, lambda image: ImageOps.exif_transpose(image).copy())
 
 
 def over_white(pictures: Tensor) -> Tensor:

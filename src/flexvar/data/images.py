@@ -118,11 +118,13 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     return decoded(path, path)
 
 
-def decoded(stored: bytes | str | os.PathLike[str], name: object) -> Image.Image:
-    """The picture in the content of a file, or in a file, as `open_picture` gives it; `name` is for the error."""
+def decoded(
+    stored: bytes | str | os.PathLike[str], name: object, convert: Callable[[Image.Image], Image.Image] | None = None
+) -> Image.Image:
+    """The picture in the content of a file, or in a file, as `open_picture` or `convert` gives it; `name` is for the error."""
     try:
         with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
-            return upright_rgb(image)
+            return (convert or upright_rgb)(image)
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not an image: replace or remove it") from None
     except (Exception, Image.DecompressionBombError) as error:  # decoders raise anything on damaged data

@@ -1,0 +1,47 @@
+"""The command `flexvar`. Each verb is a function that is handed its words; torch is imported by the verbs that need it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from flexvar.cli.commands import run_train
+from flexvar.cli.parser import parser
+
+__all__ = ["main", "parser"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; gives its exit status: 0, 2 for a mistake that one line on stderr explains, 130 when interrupted."""
+    words = parser().parse_args(arguments)
+    if words.run is not run_train:  # large pages on Linux, for which torch asks when it first allocates: faster decoding, slower training
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"flexvar: {message}", file=sys.stderr)
+        try:
+            words.run(words)
+        except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+            print(f"flexvar: {_one_line(error)}", file=sys.stderr)
+            return 2
+        except Exception as error:
+            from flexvar.memory import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            line = str(error) if isinstance(error, MemoryError) else ""  # torch's own lines name no mend
+            print(f"flexvar: {line or 'not enough memory; take smaller pictures or a smaller batch (see `flexvar plan`)'}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("flexvar: interrupted; nothing is half-written", file=sys.stderr)
+            return 130
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, without the traceback that a data loader's process puts before it."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]
+    return " ".join(text.split())

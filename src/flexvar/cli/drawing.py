@@ -1,0 +1,189 @@
+"""The commands that draw: samples of classes, and edits of given pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexvar.cli.commands import Words
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from flexvar.generation import Step
+    from flexvar.pipeline import FlexVARPipeline
+
+
+def run_sample(words: Words) -> None:
+    from flexvar.pipeline import FlexVARPipeline
+    from flexvar.progress import progress
+    from flexvar.schedule import Schedule
+    from flexvar.sheet import in_rows, sheet
+
+    pipe = FlexVARPipeline.from_pretrained(words.model)
+    _check_counts(words)
+    asked = [word for word in words.classes or [None] for _ in range(words.count)]
+    labels = pipe.labels_of(asked)
+    seeds = [words.seed + i for i in range(len(labels))]
+    stems = [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
+    endings = [".png", *(["-strip.png"] if words.strip else [])]
+    planned = [words.out / (stem + ending) for stem in stems for ending in endings] + ([words.out / "grid.png"] if words.grid else [])
+    _refuse_existing(planned, words.overwrite)
+    settings = {"height": words.height, "width": words.width, **_settings(words)}
+    guidance, sampling = pipe.guidance_of(**settings), pipe.sampling_of(**settings)
+    dtype = _move(pipe, words)
+    pictures: list[Image.Image] = []
+    for start in progress(range(0, len(labels), words.batch), "drawing"):
+        part = slice(start, start + words.batch)
+        drawing = pipe.stream(asked[part], seed=seeds[part], **settings)  # complains of wrong settings at once
+        _make_folder(words.out)
+        steps = list(drawing)
+        for i, picture in enumerate(_painted(steps[-1])):
+            stem, seed = stems[start + i], seeds[start + i]
+            facts = {"model": words.model, "class": pipe.class_name(labels[start + i]), "seed": seed, "dtype": str(dtype)}
+            facts |= {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
+            _save_picture(picture, words.out / f"{stem}.png", facts)
+            pictures.append(picture)
+        if words.strip:
+            for i, scales in enumerate(zip(*(_painted(step) for step in steps), strict=True)):
+                row = [scale.resize(scales[-1].size, resample=0) for scale in scales]
+                caption = [f"{h} x {w}" for h, w in (step.size for step in steps)]
+                _save_picture(sheet([row], [caption]), words.out / f"{stems[start + i]}-strip.png")
+    if words.grid:
+        columns = words.count if words.count > 1 else max(1, round(len(pictures) ** 0.5))
+        captions = in_rows([pipe.class_name(label) for label in labels], columns)
+        _save_picture(sheet(in_rows(pictures, columns), captions), words.out / "grid.png")
+    for path in planned:
+        print(path)
+
+
+def run_edit(words: Words) -> None:
+    from flexvar import editing
+    from flexvar.data.given import read_given
+    from flexvar.pipeline import FlexVARPipeline
+    from flexvar.progress import progress
+    from flexvar.schedule import Schedule
+    from flexvar.sheet import sheet, to_pil
+
+    operation = words.command_name
+    pipe = FlexVARPipeline.from_pretrained(words.model)
+    _check_counts(words)
+    asked = [word for word in words.classes or [None] for _ in range(words.count)]
+    labels, settings = pipe.labels_of(asked), _settings(words)
+    guidance, sampling = pipe.guidance_of(**settings), pipe.sampling_of(**settings)
+    seeds = [words.seed + i for i in range(len(labels))]
+    names = [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
+    stems = {image: [f"{Path(image).stem}-{operation}-{name}" for name in names] for image in words.images}
+    planned = [words.out / f"{stem}.png" for image in stems for stem in stems[image]]
+    sheets = {image: words.out / f"{Path(image).stem}-{operation}-sheet.png" for image in stems} if words.sheet else {}
+    if len(set(planned)) < len(planned):
+        raise ValueError("two pictures have the same name and would overwrite each other; edit them into different folders with --out")
+    _refuse_existing([*planned, *sheets.values()], words.overwrite)
+    own = {name: value for name in editing.keywords(operation) if (value := getattr(words, name, None)) is not None}
+    own |= {"mask": read_given(words.mask)} if "mask" in own else {}
+    given = {image: read_given(image) for image in stems}
+    edits = {image: pipe.edit_of(operation, picture, **own) for image, picture in given.items()}
+    dtype = _move(pipe, words)
+    for image in progress(list(stems), "editing"):
+        finished: list[Image.Image] = []
+        for start in range(0, len(labels), words.batch):
+            part = slice(start, start + words.batch)
+            drawing = pipe.stream(asked[part], edit=edits[image], seed=seeds[part], **settings)  # complains of wrong settings at once
+            _make_folder(words.out)
+            steps = list(drawing)
+            facts = {"model": words.model, "edit": operation, "of": Path(image).name, "dtype": str(dtype)}
+            facts |= {name: value for name, value in own.items() if name != "mask"}
+            facts |= {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
+            for i, picture in enumerate(_painted(steps[-1]), start):
+                facts |= {"class": pipe.class_name(labels[i]), "seed": seeds[i]}
+                _save_picture(picture, words.out / f"{stems[image][i]}.png", facts)
+                finished.append(picture)
+        if words.sheet:
+            white = edits[image].white
+            mask = [] if white is None else to_pil(white.expand(-1, 3, -1, -1) * 2 - 1)
+            captions = ["before", *["mask"] * len(mask), *(pipe.class_name(label) for label in labels)]
+            _save_picture(sheet([[given[image].convert("RGB"), *mask, *finished]], [captions]), sheets[image])
+    for path in [*planned, *sheets.values()]:
+        print(path)
+
+
+def _check_counts(words: Words) -> None:
+    for name in ("count", "batch"):
+        if getattr(words, name) < 1:
+            raise ValueError(f"--{name} is {getattr(words, name)}; it must be at least 1")
+
+
+def _settings(words: Words) -> dict[str, Any]:
+    """The keywords of the pipeline that both commands have."""
+    from flexvar.schedule import Schedule, parse_sizes
+
+    return {
+        "num_inference_steps": words.steps,
+        "schedule": None if words.schedule is None else Schedule.parse(words.schedule),
+        "guidance_scale": words.guidance_scale,
+        "guidance": words.guidance,
+        "split_guidance": words.split_guidance or None,
+        "top_k": words.top_k,
+        "top_p": words.top_p,
+        "temperature": words.temperature,
+        "greedy": words.greedy if words.greedy in (None, "none", "official") else parse_sizes(words.greedy),
+    }
+
+
+def _move(pipe: FlexVARPipeline, words: Words) -> torch.dtype:
+    """Moves a pipeline to the device and dtype asked for, or the best that there are; gives the dtype."""
+    import torch
+
+    device = _device(words.device)
+    dtype: torch.dtype = getattr(torch, words.dtype) if words.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
+    pipe.to(device, dtype)
+    return dtype
+
+
+def _device(name: str | None) -> Any:
+    """The device asked for, or the accelerator, or the CPU; ValueError when there is none of that name."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"there is no device {name!r} here; give cpu, or leave --device out") from error
+    return device
+
+
+def _painted(step: Step) -> list[Image.Image]:
+    from flexvar.sheet import to_pil
+
+    return to_pil(step.images)
+
+
+def _file_name(pipe: FlexVARPipeline, label: int) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in pipe.class_name(label))
+
+
+def _refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise FileExistsError(f"{existing[0]} exists; choose another --out or --seed, or add --overwrite")
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _save_picture(picture: Image.Image, path: Path, facts: dict[str, Any] | None = None) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    from flexvar.writing import write_whole
+
+    text = PngInfo()
+    for name, value in (facts or {}).items():
+        text.add_itxt(name, str(value))
+    write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=text))

@@ -1,0 +1,166 @@
+"""The words of every command, with their help and an example each."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flexvar.cli.commands import Words, run_cache, run_convert, run_data, run_info, run_plan, run_train
+from flexvar.cli.drawing import run_edit, run_sample
+
+EDITS = (
+    ("refine", "Keep the coarse scales of pictures and draw the others again.", "photo.png --strength 0.6 --class octopus"),
+    ("upscale", "Keep every scale of pictures and draw larger ones.", "photo.png --factor 2 --class pizza"),
+    ("inpaint", "Draw anew what is white in a mask, or transparent.", "photo.png --mask mask.png --class panda --sheet"),
+    ("outpaint", "Draw beyond the edges of pictures.", "photo.png --left 32 --right 32 --class frog"),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their words, help and an example each."""
+    top = argparse.ArgumentParser(
+        prog="flexvar", description="Visual autoregressive modelling at any size, aspect ratio and number of steps."
+    )
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Words], None], about: str, example: str, under: Any = commands) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = under.add_parser(name, help=about, description=about, epilog=f"example: flexvar {example}")
+        added.set_defaults(run=run)
+        return added
+
+    sample = command(
+        "sample", run_sample, "Draw pictures of classes.", 'sample pizza "cat face" --height 64 --width 128 --seed 7 --out out/'
+    )
+    sample.add_argument("classes", nargs="*", metavar="CLASS", help="class names or indices; none draws without a class")
+    _add_model(sample)
+    sample.add_argument("--height", type=int, help="pixels (default: the model's)")
+    sample.add_argument("--width", type=int, help="pixels (default: the model's)")
+    _add_drawing(sample)
+    sample.add_argument("--grid", action="store_true", help="also one sheet with all pictures")
+    sample.add_argument("--strip", action="store_true", help="also every scale of each picture, side by side")
+
+    edit = commands.add_parser("edit", help="Change given pictures, without any fine-tuning.")
+    edits = edit.add_subparsers(title="edits", metavar="EDIT", required=True)
+    for name, about, example in EDITS:
+        added = command(name, run_edit, about, f"edit {name} {example}", edits)
+        added.set_defaults(command_name=name)
+        _add_edit(added, name)
+
+    train = commands.add_parser("train", help="Train a tokenizer or a transformer.")
+    stages = train.add_subparsers(title="what to train", metavar="STAGE", required=True)
+    for stage in ("tokenizer", "transformer"):
+        about = f"Train a {stage} as a config says, or go on where its run stopped. Works under torchrun too."
+        added = command(stage, run_train, about, f"train {stage} configs/emoji/{stage}.yaml steps=500 run=runs/try", stages)
+        added.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        added.add_argument("settings", nargs="*", metavar="key=value", help="settings that take the place of the config's")
+        added.set_defaults(stage=stage)
+
+    cache = command(
+        "cache", run_cache, "Store the features of a data set, for the training of transformers. Works under torchrun too.",
+        "cache configs/imagenet/cache.yaml tokenizer=runs/tokenizer/model out=data/features",
+    )  # fmt: skip
+    cache.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    cache.add_argument("settings", nargs="*", metavar="key=value", help="settings that take the place of the config's")
+    cache.add_argument("--check", action="store_true", help="instead: read the whole cache again and name what is damaged")
+    _add_overwrite(cache)
+
+    convert = command(
+        "convert", run_convert, "Turn released .pth files into a model folder, or a folder back into them.",
+        "convert --tokenizer FlexVAE.pth --transformer FlexVARd20-epo249.pth models/d20",
+    )  # fmt: skip
+    convert.add_argument("out", type=Path, metavar="OUT_FOLDER")
+    convert.add_argument("--tokenizer", type=Path, help="released file, for example FlexVAE.pth")
+    convert.add_argument("--transformer", type=Path, help="released file, for example FlexVARd20-epo249.pth")
+    convert.add_argument("--back", metavar="MODEL", help="instead: write this model as files that the released code loads")
+    _add_overwrite(convert)
+
+    data = commands.add_parser("data", help="Make a data set that anyone can make.")
+    kinds = data.add_subparsers(title="data sets", metavar="KIND", required=True)
+    for kind, about in (("emoji", "Emoji of the Noto Color Emoji font on plain backgrounds."), ("shapes", "Drawn shapes.")):
+        added = command(kind, run_data, f"{about} One folder of PNG files a class.", f"data {kind} data/{kind} --count 20", kinds)
+        added.add_argument("out", type=Path, metavar="OUT_FOLDER")
+        added.add_argument("--count", type=int, default=50, help="pictures of each class (default: 50)")
+        added.add_argument("--height", type=int, default=64, help="pixels (default: 64)")
+        added.add_argument("--width", type=int, default=64, help="pixels (default: 64)")
+        added.add_argument("--seed", type=int, default=0, help="(default: 0)")
+        if kind == "emoji":
+            added.add_argument("--classes", nargs="+", metavar="NAME", help="emoji by name (default: every one of the font, about 1,400)")
+            added.add_argument("--font", type=Path, help="a NotoColorEmoji.ttf (default: the installed one)")
+        _add_overwrite(added)
+        added.set_defaults(kind=kind)
+
+    info = command("info", run_info, "Say what a model is: sizes, classes, defaults, how it came to be.", "info emoji")
+    info.add_argument("model", nargs="?", default="emoji", metavar="MODEL", help="a bundled name, a folder or a Hub id (default: emoji)")
+
+    plan = command(
+        "plan",
+        run_plan,
+        "Say what drawing costs before it runs: tokens, memory, FLOPs.",
+        "plan --depth 24 --height 512 --width 512 --batch 8",
+    )
+    which = plan.add_mutually_exclusive_group()
+    which.add_argument("--depth", type=int, default=16, help="of a released model (default: 16)")
+    which.add_argument("--model", help="instead of a depth: a model's name or folder")
+    plan.add_argument("--height", type=int, default=256, help="pixels (default: 256)")
+    plan.add_argument("--width", type=int, default=256, help="pixels (default: 256)")
+    plan.add_argument("--steps", type=int, default=10, help="scales (default: 10)")
+    plan.add_argument("--schedule", metavar="SCALES", help="instead of size and steps: 1,2,4 or 1x1,2x3, or a published name")
+    plan.add_argument("--batch", type=int, default=1, help="pictures drawn at the same time (default: 1)")
+    plan.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(default: float32)")
+    plan.add_argument("--no-guidance", action="store_true", help="without classifier-free guidance")
+    return top
+
+
+def _add_edit(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("images", nargs="+", metavar="PICTURE", help="picture files")
+    command.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", help="class names or indices (default: no class)")
+    _add_model(command)
+    if name == "refine":
+        command.add_argument("--strength", type=float, default=0.5, help="share of scales drawn anew, from 0 to 1 (default: 0.5)")
+    if name == "upscale":
+        command.add_argument("--factor", type=float, help="how many times larger on a side")
+    if name == "inpaint":
+        command.add_argument("--mask", type=Path, help="picture file, white where to draw (default: where the picture is transparent)")
+    if name == "outpaint":
+        for side in ("left", "right", "top", "bottom"):
+            command.add_argument(f"--{side}", type=int, default=0, help=f"pixels to add ({side}; default: 0)")
+        command.add_argument("--anchor", help="where it stays in --height x --width: centre, left, top-right, ... (default: centre)")
+    if name != "inpaint":
+        command.add_argument("--height", type=int, help="pixels of the result")
+        command.add_argument("--width", type=int, help="pixels of the result")
+    if name in ("inpaint", "outpaint"):
+        command.add_argument("--feather", type=int, help="pixels over which the drawing meets its border, 0 for none (default: a code's)")
+        command.add_argument("--no-paste", action="store_false", dest="paste", help="leave the picture as the tokenizer gives it back")
+        command.add_argument("--mask-rule", choices=["any", "majority", "all"], help="coarse cells drawn (default: all white)")
+    command.add_argument("--max-pixels", type=int, help="above so many, a reduced copy is drawn (default: 4 times the trained size)")
+    command.add_argument("--sheet", action="store_true", help="also one picture of before, mask and after")
+    _add_drawing(command)
+
+
+def _add_drawing(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--steps", type=int, help="scales, at least 2 (default: the model's)")
+    command.add_argument("--schedule", metavar="SCALES", help="the scales themselves: 1,2,4,6 or 1x1,2x3,4x6, or a published name")
+    command.add_argument("--guidance-scale", type=float, help="1 switches guidance off, 0 the official ramp (default: the model's)")
+    command.add_argument("--guidance", choices=["ramp", "constant", "official-ramp"], help="how guidance grows over the scales")
+    command.add_argument("--split-guidance", action="store_true", help="draw with and without the class in turn: less memory")
+    command.add_argument("--top-k", type=int, help="candidates kept, 0 for all")
+    command.add_argument("--top-p", type=float, help="probability that the candidates reach, 0 or 1 for no limit")
+    command.add_argument("--temperature", type=float, help="logits are divided by it")
+    command.add_argument("--greedy", help="none, official, or the scales that take the likeliest code: 7,9 or 4x6")
+    command.add_argument("--seed", type=int, default=0, help="of the first picture; the others count on from it (default: 0)")
+    command.add_argument("--count", type=int, default=1, help="pictures of each class (default: 1)")
+    command.add_argument("--batch", type=int, default=8, help="pictures drawn at the same time; changes speed only (default: 8)")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator, if there is one)")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: bfloat16 on CUDA, else float32)")
+    command.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
+    _add_overwrite(command)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", default="emoji", help="a bundled or released name, a folder or a Hub id (default: emoji)")
+
+
+def _add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--overwrite", action="store_true", help="replace what is there")
