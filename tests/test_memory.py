@@ -182,6 +182,6 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert line.endswith("px would fit (see `flexvar plan`)")
     assert not list(tmp_path.iterdir())
 
-    monkeypatch.setattr("flexvar.cli.parser.run_info", no_room)
+    monkeypatch.setattr("flexvar.cli.words.run_info", no_room)
     assert main(["info"]) == 2
     assert capsys.readouterr().err == "flexvar: not enough memory; take smaller pictures or a smaller batch (see `flexvar plan`)\n"

@@ -102,7 +102,7 @@ def run_edit(words: Words) -> None:
                 finished.append(picture)
         if words.sheet:
             white = edits[image].white
-            mask = [] if white is None else to_pil(white.expand(-1, 3, -1, -1) * 2 - 1)
+            mask = [] if white is None else to_pil(edits[image].canvas * (1 - white))  # grey where it is drawn
             captions = ["before", *["mask"] * len(mask), *(pipe.class_name(label) for label in labels)]
             _save_picture(sheet([[given[image].convert("RGB"), *mask, *finished]], [captions]), sheets[image])
     for path in [*planned, *sheets.values()]:
