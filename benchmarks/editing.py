@@ -20,8 +20,9 @@ from torch import Tensor
 from benchmarks.emoji import UNSEEN_SEED, Measure
 from flexvar import FlexVARPipeline
 from flexvar.data import EmojiScenes
-from flexvar.editing import filled, seam
+from flexvar.editing import filled
 from flexvar.evaluation import class_accuracy, load_classifier, renderings
+from flexvar.evaluation.quality import seam
 
 CLASS_KEPT = 0.80  # completed over untouched
 SEAM = 1.5  # completed over untouched, medians

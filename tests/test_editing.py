@@ -300,15 +300,6 @@ def test_nearness_falls_with_the_distance() -> None:
     assert torch.allclose(editing.near(there, 3)[0, 0, 0], torch.tensor([1, 0.75, 0.5, 0.25, 0, 0]))
 
 
-def test_the_seam_of_a_step_and_of_a_ramp() -> None:
-    ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
-    white = (torch.arange(8) >= 4).float().expand(1, 1, 8, 8)
-    step = white.expand(1, 3, 8, 8) * 2 - 1
-    pairs = 2 * 8 * 7  # of neighbours, half of them side by side
-    assert editing.seam(ramp, white).item() == pytest.approx(2, rel=1e-5)
-    assert editing.seam(step, white).item() == pytest.approx(pairs / 8, rel=1e-5)
-
-
 def test_drawn_cells() -> None:
     white = torch.zeros(1, 1, 8, 8)
     white[..., :5] = 1  # the middle cell of four columns is half white

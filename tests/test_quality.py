@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexvar.evaluation import psnr, ssim
+from flexvar.evaluation.quality import seam
 
 
 def noisy_pair(height: int, width: int, pictures: int = 2) -> tuple[Tensor, Tensor]:
@@ -106,3 +107,12 @@ def test_pictures_that_cannot_be_compared(shape: tuple[int, ...], other: tuple[i
     for measure in (psnr, ssim):
         with pytest.raises(ValueError, match=r"give two tensors of one shape \(B, 3, H, W\) with both sides at least 1 px"):
             measure(torch.zeros(shape), torch.zeros(other))
+
+
+def test_the_seam_of_a_step_and_of_a_ramp() -> None:
+    ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
+    white = (torch.arange(8) >= 4).float().expand(1, 1, 8, 8)
+    step = white.expand(1, 3, 8, 8) * 2 - 1
+    pairs = 2 * 8 * 7  # of neighbours, half of them side by side
+    assert seam(ramp, white).item() == pytest.approx(2, rel=1e-5)
+    assert seam(step, white).item() == pytest.approx(pairs / 8, rel=1e-5)

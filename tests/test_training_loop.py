@@ -75,11 +75,11 @@ def test_half_precision(precision: str, tokenizer: Path, tmp_path: Path, capsys)
     assert reports(whole)[0]["loss"] != reports(full)[0]["loss"]
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tokenizer: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    poisoned = {1}
+def poison(monkeypatch, network_of, steps: set[int]) -> None:
+    """Makes a gradient of a run's network not a number at these steps."""
 
     def one(self: _Run, batch) -> tuple[float, float]:
-        hook = next(iter(self.network.parameters())).register_hook(lambda g: g * math.nan) if self.step in poisoned else None
+        hook = next(network_of(self).parameters()).register_hook(lambda g: g * math.nan) if self.step in steps else None
         result = original(self, batch)
         if hook:
             hook.remove()
@@ -87,6 +87,11 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tokenizer: Path
 
     original = _Run._one
     monkeypatch.setattr(_Run, "_one", one)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tokenizer: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    poisoned = {1}
+    poison(monkeypatch, lambda run: run.network, poisoned)
     done = run(tokenizer, tmp_path, "skips")
     assert [report["skipped_steps"] for report in reports(done)] == [0, 1, 1, 1]
     assert all(tensor.isfinite().all() for tensor in load(done / "model").transformer.state_dict().values())
@@ -102,16 +107,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tokenizer: Path
 
 
 def test_an_adversary_without_a_finite_gradient_does_not_learn_from_it(tmp_path: Path, monkeypatch, capsys) -> None:
-    def one(self: _Run, batch) -> tuple[float, float]:
-        poison = self.step == 1
-        hook = next(self.workshop.adversary.parameters()).register_hook(lambda g: g * math.nan) if poison else None
-        result = original(self, batch)
-        if hook:
-            hook.remove()
-        return result
-
-    original = _Run._one
-    monkeypatch.setattr(_Run, "_one", one)
+    poison(monkeypatch, lambda run: run.workshop.adversary, {1})
     words = ["adversary.weight=0.1", "adversary.start=0", "adversary.channels=8", "adversary.layers=1", "smallest=8"]
     assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), *words]) == 0
     assert [report["skipped_steps"] for report in reports(tmp_path / "tokenizer")] == [0, 1, 1, 1]

@@ -23,11 +23,7 @@ def run_sample(words: Words) -> None:
     from flexvar.sheet import in_rows, sheet
 
     pipe = FlexVARPipeline.from_pretrained(words.model)
-    _check_counts(words)
-    asked = [word for word in words.classes or [None] for _ in range(words.count)]
-    labels = pipe.labels_of(asked)
-    seeds = [words.seed + i for i in range(len(labels))]
-    stems = [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
+    asked, labels, seeds, stems = _asked(pipe, words)
     endings = [".png", *(["-strip.png"] if words.strip else [])]
     planned = [words.out / (stem + ending) for stem in stems for ending in endings] + ([words.out / "grid.png"] if words.grid else [])
     _refuse_existing(planned, words.overwrite)
@@ -61,7 +57,7 @@ def run_sample(words: Words) -> None:
 
 def run_edit(words: Words) -> None:
     from flexvar import editing
-    from flexvar.data.given import read_given
+    from flexvar.data.given import over_white, pictures_of, read_given
     from flexvar.pipeline import FlexVARPipeline
     from flexvar.progress import progress
     from flexvar.schedule import Schedule
@@ -69,12 +65,9 @@ def run_edit(words: Words) -> None:
 
     operation = words.command_name
     pipe = FlexVARPipeline.from_pretrained(words.model)
-    _check_counts(words)
-    asked = [word for word in words.classes or [None] for _ in range(words.count)]
-    labels, settings = pipe.labels_of(asked), _settings(words)
+    asked, labels, seeds, names = _asked(pipe, words)
+    settings = _settings(words)
     guidance, sampling = pipe.guidance_of(**settings), pipe.sampling_of(**settings)
-    seeds = [words.seed + i for i in range(len(labels))]
-    names = [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
     stems = {image: [f"{Path(image).stem}-{operation}-{name}" for name in names] for image in words.images}
     planned = [words.out / f"{stem}.png" for image in stems for stem in stems[image]]
     sheets = {image: words.out / f"{Path(image).stem}-{operation}-sheet.png" for image in stems} if words.sheet else {}
@@ -104,15 +97,20 @@ def run_edit(words: Words) -> None:
             white = edits[image].white
             mask = [] if white is None else to_pil(edits[image].canvas * (1 - white))  # grey where it is drawn
             captions = ["before", *["mask"] * len(mask), *(pipe.class_name(label) for label in labels)]
-            _save_picture(sheet([[given[image].convert("RGB"), *mask, *finished]], [captions]), sheets[image])
+            before = to_pil(over_white(pictures_of(given[image])))
+            _save_picture(sheet([[*before, *mask, *finished]], [captions]), sheets[image])
     for path in [*planned, *sheets.values()]:
         print(path)
 
 
-def _check_counts(words: Words) -> None:
+def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[int], list[int], list[str]]:
+    """For each picture to be drawn the class as it was typed, its index, the seed, and what to call it."""
     for name in ("count", "batch"):
         if getattr(words, name) < 1:
             raise ValueError(f"--{name} is {getattr(words, name)}; it must be at least 1")
+    asked = [word for word in words.classes or [None] for _ in range(words.count)]
+    labels, seeds = pipe.labels_of(asked), [words.seed + i for i in range(len(asked))]
+    return asked, labels, seeds, [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
 
 
 def _settings(words: Words) -> dict[str, Any]:

@@ -70,3 +70,15 @@ def _windowed(x: Tensor, weights: list[float]) -> Tensor:
         places = x.shape[axis] - len(weights) + 1
         x = sum((weight * x.narrow(axis, start, places) for start, weight in enumerate(weights)), x.new_zeros(()))
     return x
+
+
+def seam(pictures: Tensor, white: Tensor) -> Tensor:
+    """The jump across the border of a mask (P or 1, 1, H, W) in pictures (P, 3, H, W), over the picture's own jumps; (P,).
+
+    A jump is the mean absolute difference of two neighbouring pixels; across the border one of them is black in the mask and one not.
+    """
+    inside = (white > 0).expand(len(pictures), -1, -1, -1)
+    jumps = [pictures.diff(dim=side).abs().mean(1, keepdim=True).flatten(1) for side in (-1, -2)]
+    borders = [inside.float().diff(dim=side).abs().flatten(1) for side in (-1, -2)]
+    jump, border = torch.cat(jumps, 1), torch.cat(borders, 1)  # (P, pairs of neighbours)
+    return (jump * border).sum(1) / border.sum(1) / jump.mean(1)
