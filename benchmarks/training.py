@@ -30,9 +30,9 @@ from benchmarks.attention import NAMES, device_name, wait_for
 from flexvar import Schedule, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
 from flexvar.accounting import training_flops
 from flexvar.attention import AttentionName
+from flexvar.processes import keep_memory
 from flexvar.schedule import RandomPolicy
 from flexvar.training.meter import matrix_rate
-from flexvar.training.processes import keep_memory
 
 PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|baddbmm|linear|.*convolution.*|.*(flash|efficient|dot_product).*attention.*)|flex_attention.*")
 """Operations that multiply matrices."""

@@ -10,7 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "flexvar"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("schedule", "position", "attention", "kv_cache", "sampling", "weights", "writing", "progress", "sheet", "checks", "arguments"),
+    (
+        *("schedule", "position", "attention", "kv_cache", "sampling", "weights"),
+        *("writing", "progress", "sheet", "checks", "arguments", "processes"),
+    ),
     ("tokenizer", "transformer", "data"),
     ("generation", "accounting"),
     ("editing", "checkpoint", "official", "zoo", "memory"),

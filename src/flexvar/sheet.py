@@ -15,10 +15,14 @@ INK, PAPER = (40, 44, 52), (255, 255, 255)
 CAPTION = 14  # px
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in about [-1, 1] as uint8 from 0 to 255; what lies outside is cut off."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """PIL pictures of (B, 3, H, W) in about [-1, 1]; what lies outside is cut off."""
-    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
+    return [Image.fromarray(picture) for picture in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str]] | None = None, gap: int = 8) -> Image.Image:

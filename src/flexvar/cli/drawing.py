@@ -27,9 +27,9 @@ def run_sample(words: Words) -> None:
     endings = [".png", *(["-strip.png"] if words.strip else [])]
     planned = [words.out / (stem + ending) for stem in stems for ending in endings] + ([words.out / "grid.png"] if words.grid else [])
     _refuse_existing(planned, words.overwrite)
-    settings = {"height": words.height, "width": words.width, **_settings(words)}
+    settings = {"height": words.height, "width": words.width, **settings_of(words)}
     guidance, sampling = pipe.guidance_of(**settings), pipe.sampling_of(**settings)
-    dtype = _move(pipe, words)
+    dtype = move(pipe, words)
     pictures: list[Image.Image] = []
     for start in progress(range(0, len(labels), words.batch), "drawing"):
         part = slice(start, start + words.batch)
@@ -66,7 +66,7 @@ def run_edit(words: Words) -> None:
     operation = words.command_name
     pipe = FlexVARPipeline.from_pretrained(words.model)
     asked, labels, seeds, names = _asked(pipe, words)
-    settings = _settings(words)
+    settings = settings_of(words)
     guidance, sampling = pipe.guidance_of(**settings), pipe.sampling_of(**settings)
     stems = {image: [f"{Path(image).stem}-{operation}-{name}" for name in names] for image in words.images}
     planned = [words.out / f"{stem}.png" for image in stems for stem in stems[image]]
@@ -78,7 +78,7 @@ def run_edit(words: Words) -> None:
     own |= {"mask": read_given(words.mask)} if "mask" in own else {}
     given = {image: read_given(image) for image in stems}
     edits = {image: pipe.edit_of(operation, picture, **own) for image, picture in given.items()}
-    dtype = _move(pipe, words)
+    dtype = move(pipe, words)
     for image in progress(list(stems), "editing"):
         finished: list[Image.Image] = []
         for start in range(0, len(labels), words.batch):
@@ -113,7 +113,7 @@ def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[
     return asked, labels, seeds, [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
 
 
-def _settings(words: Words) -> dict[str, Any]:
+def settings_of(words: Words) -> dict[str, Any]:
     """The keywords of the pipeline that both commands have."""
     from flexvar.schedule import Schedule, parse_sizes
 
@@ -130,22 +130,24 @@ def _settings(words: Words) -> dict[str, Any]:
     }
 
 
-def _move(pipe: FlexVARPipeline, words: Words) -> torch.dtype:
+def move(pipe: FlexVARPipeline, words: Words) -> torch.dtype:
     """Moves a pipeline to the device and dtype asked for, or the best that there are; gives the dtype."""
     import torch
 
-    device = _device(words.device)
+    device = device_of(words.device)
     dtype: torch.dtype = getattr(torch, words.dtype) if words.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe.to(device, dtype)
     return dtype
 
 
-def _device(name: str | None) -> Any:
+def device_of(name: str | None) -> Any:
     """The device asked for, or the accelerator, or the CPU; ValueError when there is none of that name."""
     import torch
 
+    from flexvar.processes import pick_device
+
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return pick_device()
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()

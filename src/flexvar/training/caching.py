@@ -14,11 +14,11 @@ from flexvar.checkpoint import load
 from flexvar.data import FixedViews, PictureSource
 from flexvar.data.features import CacheSettings, CacheWriter
 from flexvar.models import model_folder
+from flexvar.processes import pick_device, processes
 from flexvar.progress import progress
 from flexvar.schedule import Size
 from flexvar.tokenizer import Tokenizer
 from flexvar.training.optimiser import precision
-from flexvar.training.processes import pick_device, processes
 from flexvar.training.settings import CacheRun
 from flexvar.training.start import digest, open_source, spare_cores
 

@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from flexvar.processes import MOST_WORKERS
 from flexvar.training.meter import Meter, Work, matrix_rate, nested
 from flexvar.training.optimiser import learning_rate, parameter_groups, precision
 from flexvar.training.order import Batch, shared
-from flexvar.training.processes import MOST_WORKERS
 from flexvar.training.run_folder import RunFolder
 from flexvar.training.settings import RunConfig
 from flexvar.training.workshop import Workshop

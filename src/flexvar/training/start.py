@@ -17,10 +17,10 @@ from flexvar.checkpoint import TOKENIZER, load
 from flexvar.data import Augmentation, EmojiScenes, FeatureCache, FixedViews, HubPictures, HubStream, ImageFolder, PictureSource, Shapes
 from flexvar.data.shards import ShardSource, TarShards
 from flexvar.models import model_folder
+from flexvar.processes import MOST_WORKERS, keep_memory, pick_device, processes
 from flexvar.training.initial import begin_from
 from flexvar.training.loop import Batches, train
 from flexvar.training.order import Batch, Steps
-from flexvar.training.processes import MOST_WORKERS, keep_memory, pick_device, processes
 from flexvar.training.run_folder import RunFolder
 from flexvar.training.settings import DataConfig, RunConfig, TokenizerRun, TransformerRun
 from flexvar.training.stream import Stream

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,14 +24,17 @@ def pick_device() -> torch.device:
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[tuple[int, int]]:
-    """Joins the other processes when started by `torchrun`; gives (rank, number of processes)."""
+def processes(device: torch.device, patience: timedelta | None = None) -> Iterator[tuple[int, int]]:
+    """Joins the other processes when started by `torchrun`; gives (rank, number of processes).
+
+    patience: how long one waits for the others before it gives up; torch's own default where it is None.
+    """
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

@@ -1,0 +1,141 @@
+"""What pictures are compared with: ADM's .npz, the statistics of other packages, or a folder; and writing ADM's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from flexvar.evaluation.extraction import FeatureStore, extract
+from flexvar.evaluation.extractors import Extractor, Features
+from flexvar.evaluation.metrics import frechet_distance, moments
+from flexvar.evaluation.stored import PICTURES, PictureSet, array_names, open_npz, open_pictures, read_array, write_npz
+from flexvar.schedule import Size
+from flexvar.zoo import cache_folder, sha256
+
+Moments = tuple[np.ndarray, np.ndarray]
+
+EXTRACTOR = "extractor"  # our own array: the sha256 of what made the moments
+SHIFTED = 3.0  # see `_shift`; 1 is expected
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What pictures are compared with."""
+
+    name: str
+    sha256: str
+    moments: Moments  # mu (F,), sigma (F, F) of the pool features, float64
+    spatial: Moments | None = None
+    pool: Tensor | None = None  # (N, F), of the pictures; None where only moments are known
+    size: Size | None = None  # (height, width) of the pictures
+    notes: list[str] = field(default_factory=list)  # what a reader of the scores should know
+
+
+def read_reference(path: Path | str, extractor: Extractor) -> Reference:
+    """Reads a reference, and makes the features of its pictures, which are kept in the cache folder for the next time.
+
+    path: an .npz of ADM's (mu, sigma, mu_s, sigma_s, arr_0), of pytorch-fid or clean-fid (mu, sigma), or of pictures alone (arr_0);
+    or a folder of pictures. Stored moments are used where there are some, as ADM does; a note says so when the pictures beside them
+    disagree. Raises FileNotFoundError or ValueError, in one line, for what is missing, damaged or made by another extractor.
+    """
+    path = Path(path)
+    stored, names = _stored_moments(path, extractor) if path.is_file() else ({}, [])
+    if names and PICTURES not in names:
+        if "pool" not in stored:
+            raise ValueError(f"{path} is no reference: it holds {', '.join(names)}, but neither mu and sigma nor {PICTURES}")
+        return Reference(path.name, sha256(path), stored["pool"], stored.get("spatial"), notes=["the reference has no pictures"])
+    pictures = open_pictures(path)
+    about = pictures.about()
+    features = _cached(pictures, extractor, about["sha256"])
+    made = _moments_of(features, path)
+    if "pool" in stored and len(stored["pool"][0]) != features.pool.shape[1]:
+        raise ValueError(
+            f"the moments in {path} are of {len(stored['pool'][0])} features, {extractor.name} gives {features.pool.shape[1]}; "
+            "take the extractor that made them"
+        )
+    notes = [*pictures.caveats, *([_disagreement(stored["pool"], made["pool"], len(pictures))] if "pool" in stored else [])]
+    used = {**made, **stored}
+    return Reference(
+        path.name, about["sha256"], used["pool"], used.get("spatial"), features.pool, pictures.size, [note for note in notes if note]
+    )
+
+
+def write_reference(
+    folder: Path | str, out: Path, extractor: Extractor, *, size: Size | None = None, keep: int = 10_000, overwrite: bool = False
+) -> int:
+    """Writes what a folder of pictures (or an .npz of them) is as a reference of ADM's layout; gives the number of pictures.
+
+    The moments are those of all pictures; `keep` of them, evenly chosen, go into the file for precision and recall.
+    size: (height, width) to which the pictures are resized and cropped.
+    """
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; choose another file, or add --overwrite")
+    if keep < 1:
+        raise ValueError(f"{keep} pictures are to be kept; keep at least 1")
+    pictures = open_pictures(folder, size)
+    made = _moments_of(_cached(pictures, extractor, pictures.about()["sha256"]), folder)
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(keep, len(pictures))).round().astype(int)).tolist()
+    arrays = {"mu": made["pool"][0], "sigma": made["pool"][1], EXTRACTOR: np.array(extractor.sha256)}
+    if "spatial" in made:
+        arrays |= {"mu_s": made["spatial"][0], "sigma_s": made["spatial"][1]}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    single = (batch for index in chosen for batch in pictures.batches(range(index, index + 1)))
+    write_npz(out, arrays, len(chosen), pictures.size, single)
+    return len(pictures)
+
+
+def moments_of(features: Features) -> dict[str, Moments]:
+    """The moments of pool features ("pool") and, where there are some, of spatial ones ("spatial")."""
+    spatial = {} if features.spatial is None else {"spatial": moments(features.spatial)}
+    return {"pool": moments(features.pool), **spatial}
+
+
+def _moments_of(features: Features, path: Path | str) -> dict[str, Moments]:
+    if len(features.pool) < 2:
+        raise ValueError(f"{path} holds a single picture; a reference needs at least 2, and 10,000 to mean something")
+    return moments_of(features)
+
+
+def _cached(pictures: PictureSet, extractor: Extractor, digest: str) -> Features:
+    """The features of pictures, from the cache folder if they were made before."""
+    key = f"{digest[:16]}-{extractor.sha256[:16]}" + "".join(f"-{side}" for side in pictures.size)
+    store = FeatureStore(cache_folder() / "features" / key, len(pictures), {"pictures": digest, "extractor": extractor.sha256})
+    extract(pictures, extractor, store)
+    return store.read()
+
+
+def _stored_moments(path: Path, extractor: Extractor) -> tuple[dict[str, Moments], list[str]]:
+    """The moments in an .npz, and the names of all its arrays. ValueError where they are damaged or made by another extractor."""
+    with open_npz(path) as archive:
+        names = array_names(archive)
+        stored = {}
+        for kind, suffix in (("pool", ""), ("spatial", "_s")):
+            if f"mu{suffix}" in names and f"sigma{suffix}" in names:
+                mu, sigma = (read_array(archive, name + suffix, path).astype(np.float64) for name in ("mu", "sigma"))
+                if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                    raise ValueError(f"mu{suffix} {mu.shape} and sigma{suffix} {sigma.shape} of {path} are no finite mean and covariance")
+                stored[kind] = mu, sigma
+        maker = str(read_array(archive, EXTRACTOR, path)) if EXTRACTOR in names else None
+    if maker not in (None, extractor.sha256):
+        raise ValueError(f"{path} was made with another extractor than {extractor.name} (sha256 {maker}); take that one, or write it anew")
+    return stored, names
+
+
+def _disagreement(stored: Moments, made: Moments, count: int) -> str:
+    """A note where the pictures of a reference do not look like a sample of those that its stored moments come from; else nothing.
+
+    The mean of `count` such pictures has the variance sigma / count: the squared shift of the means over it is 1 on average. Other
+    pictures, another extractor or another way of resizing shift them by far more.
+    """
+    variance = np.diag(stored[1])
+    spread = variance > 1e-12
+    shift = float(np.mean(count * (stored[0] - made[0])[spread] ** 2 / variance[spread])) if spread.any() else 0.0
+    if shift <= SHIFTED:
+        return ""
+    return (
+        f"the stored moments of the reference disagree with its own pictures (means shifted by {shift:.1f} times what chance allows, "
+        f"Frechet distance {frechet_distance(*stored, *made):.3g}); the stored ones are used"
+    )

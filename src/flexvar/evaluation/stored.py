@@ -1,0 +1,227 @@
+"""Pictures that lie in files: ADM's .npz, read and written without holding it whole, and folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flexvar.data.images import EXTENSIONS, fitted, open_picture
+from flexvar.schedule import Size
+from flexvar.writing import write_whole
+from flexvar.zoo import sha256
+
+AT_ONCE = 50  # pictures in a batch
+PICTURES, CLASSES = "arr_0", "arr_1"  # of an .npz, as ADM names them
+LOSSY = (".jpg", ".jpeg", ".webp")
+
+
+class PictureSet(Protocol):
+    """Pictures of one size that are to be measured, wherever they come from."""
+
+    @property
+    def size(self) -> Size:
+        """(height, width) in pixels."""
+        ...
+
+    @property
+    def class_counts(self) -> Mapping[str, int] | None:
+        """How many there are of each class; None where the classes are not known."""
+        ...
+
+    @property
+    def caveats(self) -> list[str]:
+        """What keeps their scores from being compared with published ones."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, part: range) -> Iterator[Tensor]:
+        """The pictures of a part: uint8 (B, 3, H, W)."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """All that determines them, for the report; the same pictures say the same."""
+        ...
+
+
+def open_pictures(path: Path | str, size: Size | None = None) -> NpzPictures | FolderPictures:
+    """The pictures in an .npz or a folder. size: (height, width) to which those of a folder are resized and cropped.
+
+    Raises FileNotFoundError or ValueError, in one line, for what is missing, damaged, of another type or of mixed sizes.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return FolderPictures(path, size)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; give an .npz file or a folder of pictures")
+    if size is not None:
+        raise ValueError(f"{path} holds pictures of its own size; only those of a folder can be resized")
+    return NpzPictures(path)
+
+
+class NpzPictures:
+    """The array arr_0 of an .npz, uint8 (N, H, W, 3), read part by part; arr_1, if there is one, holds the class of each picture.
+
+    Parts in growing order are one pass over the file: an archive can only be read forward.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.caveats: list[str] = []
+        with open_npz(path) as archive:
+            if PICTURES not in (names := array_names(archive)):
+                raise ValueError(f"{path} holds no pictures: it has no array {PICTURES}, but {', '.join(names) or 'nothing'}")
+            with archive.open(f"{PICTURES}.npy") as file:
+                shape, fortran, dtype = _header(file, path)
+            labels = read_array(archive, CLASSES, path) if CLASSES in names else None
+        if dtype != np.uint8:
+            raise ValueError(f"{PICTURES} of {path} is {dtype}; pictures must be uint8 from 0 to 255: convert and write them again")
+        if len(shape) != 4 or shape[3] != 3 or fortran or not all(shape):
+            raise ValueError(f"{PICTURES} of {path} has shape {shape}; it must be (N, H, W, 3), N at least 1, in C order")
+        if labels is not None and labels.shape != shape[:1]:
+            raise ValueError(f"{CLASSES} of {path} has shape {labels.shape} instead of {shape[:1]}, one class a picture")
+        self._count, self.size = int(shape[0]), (int(shape[1]), int(shape[2]))
+        self._file: IO[bytes] | None = None
+        self._next = 0  # the picture that the open file comes to next
+        self.class_counts = None if labels is None else {str(name): count for name, count in sorted(Counter(labels.tolist()).items())}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, part: range) -> Iterator[Tensor]:
+        for start in range(part.start, part.stop, AT_ONCE):
+            count = min(AT_ONCE, part.stop - start)
+            try:
+                pixels = np.frombuffer(self._read(start, count), np.uint8).reshape(count, *self.size, 3)
+            except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{self.path} is damaged or truncated ({error}); copy or write it again") from error
+            yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+
+    def about(self) -> dict[str, Any]:
+        return {"pictures": self.path.name, "sha256": sha256(self.path)}
+
+    def _read(self, start: int, count: int) -> bytes:
+        """The bytes of some pictures."""
+        one = self.size[0] * self.size[1] * 3
+        if self._file is None or start < self._next:
+            self._file, self._next = open_npz(self.path).open(f"{PICTURES}.npy"), 0
+            _header(self._file, self.path)
+        self._file.seek((start - self._next) * one, os.SEEK_CUR)
+        self._next = start + count
+        return self._file.read(count * one)
+
+
+class FolderPictures:
+    """The pictures below a folder, in the order of their paths. If all lie in folders below it, these are the classes."""
+
+    def __init__(self, folder: Path, size: Size | None = None) -> None:
+        self.folder, self._resized = folder, size
+        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+        if not self.paths:
+            raise FileNotFoundError(f"there are no pictures in {folder}; it must hold {', '.join(EXTENSIONS)} files")
+        lossy = sum(path.suffix.lower() in LOSSY for path in self.paths)
+        self.caveats = [f"{lossy} of the pictures were stored as JPEG or WebP, which changes the scores; store PNG"] if lossy else []
+        self.size = size or self._common_size()
+        places = [path.relative_to(folder).parts for path in self.paths]
+        self.class_counts = dict(Counter(parts[0] for parts in places)) if all(len(parts) > 1 for parts in places) else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batches(self, part: range) -> Iterator[Tensor]:
+        for start in range(part.start, part.stop, AT_ONCE):
+            pictures = [self._picture(path) for path in self.paths[start : min(start + AT_ONCE, part.stop)]]
+            yield torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
+
+    def about(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(f"{path.relative_to(self.folder).as_posix()} {sha256(path)}\n".encode())
+        resized = {} if self._resized is None else {"resized and cropped to": list(self._resized)}
+        return {"pictures": self.folder.name, "sha256": digest.hexdigest(), **resized}
+
+    def _picture(self, path: Path) -> np.ndarray:
+        picture = open_picture(path)
+        return np.asarray(picture if self._resized is None else fitted(picture, self._resized))
+
+    def _common_size(self) -> Size:
+        """(height, width) of all pictures; ValueError, naming two of them, where they differ."""
+        first: tuple[Path, Size] | None = None
+        for path in self.paths:
+            try:
+                with Image.open(path) as image:
+                    size = image.height, image.width
+            except OSError as error:
+                raise ValueError(f"{path} is not an image; replace or remove it") from error
+            first = first or (path, size)
+            if size != first[1]:
+                one, other = (f"{seen.relative_to(self.folder)} has {h} x {w} px" for seen, (h, w) in (first, (path, size)))
+                raise ValueError(f"the pictures in {self.folder} have different sizes: {one}, {other}; bring them to one size")
+        assert first is not None
+        return first[1]
+
+
+def open_npz(path: Path) -> zipfile.ZipFile:
+    """The archive that an .npz is. ValueError where it is none, or is truncated."""
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no .npz file, or a truncated one; copy or write it again") from error
+
+
+def array_names(archive: zipfile.ZipFile) -> list[str]:
+    """The names of an .npz's arrays."""
+    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+def read_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
+    """One array of an .npz. ValueError where it is missing or damaged."""
+    try:
+        with archive.open(f"{name}.npy") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except KeyError as error:
+        raise ValueError(f"{path} has no array {name}, but {', '.join(array_names(archive)) or 'nothing'}") from error
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{name} of {path} is damaged ({error}); copy or write the file again") from error
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray], count: int, size: Size, batches: Iterable[Tensor]) -> None:
+    """Writes an .npz of ADM's layout: pictures, handed over as uint8 batches (B, 3, H, W), in arr_0, and other arrays beside them.
+
+    It appears when it is complete. Nothing is compressed, as ADM's are not.
+    """
+
+    def write(beside: Path) -> None:
+        with zipfile.ZipFile(beside, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+            if not count:
+                return
+            with archive.open(f"{PICTURES}.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for batch in batches:
+                    file.write(batch.permute(0, 2, 3, 1).contiguous().numpy().data)
+
+    write_whole(path, write)
+
+
+def _header(file: Any, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and dtype of the array that a .npy file begins with."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(file)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{PICTURES} of {path} is damaged ({error}); copy or write the file again") from error

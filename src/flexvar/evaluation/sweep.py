@@ -1,0 +1,158 @@
+"""Quality against time over a grid of settings: which number of steps, which guidance, which sampling suit a model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flexvar.evaluation.drawn import DrawnPictures
+from flexvar.evaluation.extractors import Extractor
+from flexvar.evaluation.runner import evaluate
+from flexvar.pipeline import FlexVARPipeline
+from flexvar.writing import write_whole
+
+TIMED = 3  # batches
+SWEPT = {"num_inference_steps": "steps", "guidance_scale": "guidance", "schedule": "schedule", "top_k": "top-k", "top_p": "top-p"}
+"""What may be swept, by the pipeline's keywords, and what a table calls it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the grid."""
+
+    settings: Mapping[str, Any]
+    fid: float
+    interval: tuple[float, float]  # 95 %
+    seconds: float  # a picture, median of TIMED batches
+    scores: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """The settings in a few words."""
+        return name_of(self.settings)
+
+
+def sweep(
+    pipe: FlexVARPipeline,
+    model: str,
+    grid: Mapping[str, Sequence[Any]],
+    reference: Path | str,
+    extractor: Extractor,
+    out: Path,
+    *,
+    per_class: int = 5,
+    seed: int = 0,
+    batch: int = 50,
+    overwrite: bool = False,
+    **settings: Any,
+) -> list[Trial]:
+    """Scores a model at every point of a grid of settings, all with the same seeds; goes on where it was interrupted.
+
+    grid: values by keyword of `FlexVARPipeline.stream`, those of SWEPT. out: a folder that gets a report a point. Raises ValueError for an
+    empty grid or a wrong setting, before anything is drawn.
+    """
+    if not grid or not all(grid.values()):
+        raise ValueError("nothing is to be swept; give values of one or more settings, such as --steps 6 8 10")
+    if "num_inference_steps" in grid and "schedule" in grid:
+        raise ValueError("steps and schedules cannot both be swept; give one of the two")
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    pictures = [DrawnPictures(pipe, model, per_class, seed=seed, batch=batch, **settings, **point) for point in points]
+    out.mkdir(parents=True, exist_ok=True)
+    trials = []
+    for point, drawn in zip(points, pictures, strict=True):
+        path = out / f"{name_of(point).replace(' ', '-').replace(',', '-')}.trial.json"
+        if path.is_file() and not overwrite and (before := _read(path, drawn.about())) is not None:
+            trials.append(before)
+            continue
+        report = evaluate(drawn, reference, extractor, path.with_suffix(".scores.json"), intervals=True, overwrite=True)
+        assert report is not None  # there is one process
+        trial = Trial(point, report.scores["fid"], report.intervals["fid"], _seconds_a_picture(drawn), report.scores)
+        content = json.dumps({"samples": drawn.about(), **asdict(trial)}, default=str, ensure_ascii=False, indent=2) + "\n"
+        write_whole(path, lambda beside, content=content: beside.write_text(content, encoding="utf-8"))  # type: ignore[misc]
+        trials.append(trial)
+    return trials
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """Settings in a few words: "steps 8, guidance 2.5"."""
+    return ", ".join(f"{SWEPT[name]} {value}" for name, value in settings.items())
+
+
+def best(trials: Sequence[Trial]) -> tuple[Trial, Trial]:
+    """The trial with the lowest FID, and the fastest one whose FID lies within that one's interval."""
+    lowest = min(trials, key=lambda trial: trial.fid)
+    return lowest, min((trial for trial in trials if trial.fid <= lowest.interval[1]), key=lambda trial: trial.seconds)
+
+
+def table(trials: Sequence[Trial]) -> str:
+    """The trials from the best FID to the worst, each on a line, and which to take."""
+    names = [trial.name for trial in trials]
+    width = max(map(len, names))
+    lines = [f"{'settings':<{width}}  {'FID':>8}  {'95 %':>17}  {'IS':>7}  {'precision':>9}  {'recall':>6}  {'s a picture':>11}"]
+    for trial in sorted(trials, key=lambda trial: trial.fid):
+        low, high = trial.interval
+        others = [trial.scores.get(name, float("nan")) for name in ("inception_score", "precision", "recall")]
+        lines.append(
+            f"{trial.name:<{width}}  {trial.fid:>8.3f}  {f'{low:.3f} to {high:.3f}':>17}  "
+            f"{others[0]:>7.2f}  {others[1]:>9.3f}  {others[2]:>6.3f}  {trial.seconds:>11.4f}"
+        )
+    lowest, fastest = best(trials)
+    lines += [f"lowest FID: {lowest.name}", f"fastest within its interval: {fastest.name}"]
+    return "\n".join(lines)
+
+
+def plot(trials: Sequence[Trial], path: Path) -> None:
+    """A picture of FID, with its interval, against seconds a picture: a line for each combination of the settings other than the steps.
+
+    Raises ModuleNotFoundError, which says how to get it, without matplotlib.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the plot needs matplotlib; install it with `pip install flexvar[plots]`") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    speed = ("num_inference_steps", "schedule")
+    rest = [tuple((name, value) for name, value in trial.settings.items() if name not in speed) for trial in trials]
+    for group in dict.fromkeys(rest):
+        own = sorted((trial for trial, other in zip(trials, rest, strict=True) if other == group), key=lambda trial: trial.seconds)
+        errors = [[trial.fid - trial.interval[0] for trial in own], [trial.interval[1] - trial.fid for trial in own]]
+        times, values = [trial.seconds for trial in own], [trial.fid for trial in own]
+        axis.errorbar(times, values, errors, marker="o", capsize=3, label=name_of(dict(group)) or None)
+        for trial in own:
+            told = {name: value for name, value in trial.settings.items() if name in speed}
+            axis.annotate(name_of(told), (trial.seconds, trial.fid), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axis.set_xlabel("seconds a picture")
+    axis.set_ylabel("FID (lower is better)")
+    axis.grid(alpha=0.3)
+    if any(rest):
+        axis.legend(fontsize=8)
+    write_whole(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
+    plt.close(figure)
+
+
+def _read(path: Path, about: Mapping[str, Any]) -> Trial | None:
+    """A trial of an earlier run, unless it was of other settings."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.pop("samples") != json.loads(json.dumps(dict(about))):
+        return None
+    return Trial(**{**content, "interval": tuple(content["interval"])})
+
+
+def _seconds_a_picture(drawn: DrawnPictures) -> float:
+    """The median over a few batches, after one that warms up."""
+    part, taken = range(min(drawn.batch, len(drawn))), []
+    for _ in range(TIMED + 1):
+        begun = time.perf_counter()
+        for _batch in drawn.batches(part):  # on the CPU when it is handed over
+            pass
+        taken.append((time.perf_counter() - begun) / len(part))
+    return statistics.median(taken[1:])

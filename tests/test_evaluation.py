@@ -1,0 +1,413 @@
+"""Evaluation as a user runs it: models, pictures of others, references and sweeps, with good input and bad."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flexvar import FlexVARPipeline, Guidance, Sampling, Tokenizer, Transformer
+from flexvar.checkpoint import Defaults, Model, save
+from flexvar.cli import main
+from flexvar.data import Shapes, write_pictures
+from flexvar.evaluation import DrawnPictures, evaluate, extraction, load_extractor, metrics, open_pictures, stored
+from flexvar.evaluation.extraction import FeatureStore, extract, joined
+from flexvar.evaluation.references import read_reference, write_reference
+from flexvar.evaluation.scores import caveats
+from flexvar.evaluation.sweep import Trial, best
+from flexvar.zoo import sha256
+
+CLASSES = ("pizza", "cat face", "a/b", "d", "e")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FLEXVAR_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer, small_transformer: Transformer) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "small"
+    save(Model(small_tokenizer, small_transformer, CLASSES, Defaults(32, 32, 4, Guidance("ramp", 2.0), Sampling(0, 0.95))), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn shapes of 32 x 32 px, 6 of each class in a folder."""
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    write_pictures(Shapes(views=6), out, count_per_class=6, size=(32, 32), seed=1)
+    return out
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    path = tmp_path / "drawn.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
+    np.savez(path, arr_0=pixels, arr_1=np.arange(24) % 3)
+    return path
+
+
+def features_of(path: Path) -> extraction.Features:
+    pictures, extractor = open_pictures(path), load_extractor("classifier")
+    return joined([extractor(batch) for batch in pictures.batches(range(len(pictures)))])
+
+
+# -- pictures in files --
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_an_npz_is_read_part_by_part(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "AT_ONCE", 4)
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 8, 12, 3), np.uint8)
+    write(tmp_path / "x.npz", pixels)
+    pictures = open_pictures(tmp_path / "x.npz")
+    assert (len(pictures), pictures.size, pictures.class_counts) == (11, (8, 12), None)
+    for part in (range(11), range(3, 9), range(10, 11)):
+        batches = list(pictures.batches(part))
+        assert [len(batch) for batch in batches[:-1]] == [4] * (len(batches) - 1)
+        assert np.array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), pixels[part.start : part.stop])
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(folder: Path) -> None:
+    pictures = open_pictures(folder)
+    assert pictures.size == (32, 32)
+    assert set(pictures.class_counts.values()) == {6}
+    assert pictures.caveats == []
+    (batch,) = pictures.batches(range(5, 7))
+    for pixels, path in zip(batch, sorted(folder.rglob("*.png"))[5:7], strict=True):
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(Image.open(path)))
+
+
+def test_what_is_written_is_what_numpy_reads(tmp_path: Path) -> None:
+    pixels = torch.arange(5 * 3 * 4 * 6).reshape(5, 3, 4, 6).to(torch.uint8)
+    stored.write_npz(tmp_path / "x.npz", {"mu": np.arange(3.0)}, 5, (4, 6), pixels.split(2))
+    content = np.load(tmp_path / "x.npz")
+    assert np.array_equal(content["arr_0"], pixels.permute(0, 2, 3, 1).numpy())
+    assert content["mu"].tolist() == [0, 1, 2]
+
+
+def bad_npz(path: Path, what: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
+    if what == "floats":
+        np.savez(path, pixels / 255.0)
+    elif what == "not a number":
+        np.savez(path, np.full((24, 32, 32, 3), np.nan, np.float32))
+    elif what == "grey":
+        np.savez(path, pixels[..., 0])
+    elif what == "other":
+        np.savez(path, weights=pixels)
+    elif what == "labels":
+        np.savez(path, pixels, np.arange(3))
+    elif what == "empty":
+        np.savez(path, pixels[:0])
+    elif what == "text":
+        path.write_text("hello")
+    else:
+        np.savez(path, pixels)
+        content = path.read_bytes()
+        if what == "truncated":
+            path.write_bytes(content[: len(content) // 2])
+        else:  # a flipped byte, which the archive's checksum finds
+            middle = len(content) // 2
+            path.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("what", "complaint"),
+    [
+        ("floats", "is float64; pictures must be uint8"),
+        ("not a number", "is float32; pictures must be uint8"),
+        ("grey", r"has shape \(24, 32, 32\)"),
+        ("other", "has no array arr_0, but weights"),
+        ("labels", r"arr_1 of .* has shape \(3,\)"),
+        ("empty", "N at least 1"),
+        ("text", "is no .npz file"),
+        ("truncated", "or a truncated one"),
+        ("flipped", "is damaged"),
+    ],
+)
+def test_a_bad_npz_is_told_in_one_line(what: str, complaint: str, tmp_path: Path, folder: Path, capsys) -> None:
+    bad_npz(tmp_path / "bad.npz", what)
+    words = ["evaluate", "samples", str(tmp_path / "bad.npz"), "--reference", str(folder), "--extractor", "classifier"]
+    assert main([*words, "--out", str(tmp_path / "scores.json")]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1
+    assert re.search(complaint, told[0])
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_a_folder_of_mixed_sizes_is_refused_and_names_two(folder: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for name, size in (("a.png", (32, 32)), ("b.png", (40, 32))):
+        Image.new("RGB", size).save(mixed / name)
+    with pytest.raises(ValueError, match=r"a\.png has 32 x 32 px, b\.png has 32 x 40 px; bring them to one size"):
+        open_pictures(mixed)
+    assert open_pictures(mixed, (32, 32)).size == (32, 32)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="there are no pictures"):
+        open_pictures(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"there is no .*nothing"):
+        open_pictures(tmp_path / "nothing")
+
+
+def test_jpeg_and_unbalanced_classes_are_said(folder: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(("a/1.jpg", "a/2.png", "b/1.png")):
+        path = tmp_path / "own" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(path)
+    pictures = open_pictures(tmp_path / "own")
+    said = "; ".join(caveats(pictures, features_of(tmp_path / "own"), load_extractor("classifier")))
+    assert "1 of the pictures were stored as JPEG" in said
+    assert "3 pictures instead of 50,000" in said
+    assert "unbalanced classes: 1 to 2 pictures of each" in said
+    assert "those of classifier, not of the Inception network" in said
+
+
+def test_copies_are_said(folder: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "twice"
+    shutil.copytree(folder, twice)
+    one = sorted(twice.rglob("*.png"))[0]
+    shutil.copy(one, one.with_name("copy.png"))
+    found = caveats(open_pictures(twice), features_of(twice), load_extractor("classifier"))
+    assert any(caveat.startswith("1 pictures are copies of others") for caveat in found)
+
+
+# -- references --
+
+
+def test_a_reference_of_a_folder_is_one_of_adms(folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "reference.npz"
+    assert main(["evaluate", "reference", str(folder), str(out), "--extractor", "classifier", "--keep", "7"]) == 0
+    content = np.load(out)
+    features = features_of(folder).pool.double().numpy()
+    assert np.allclose(content["mu"], features.mean(0), rtol=1e-6, atol=1e-8)
+    assert np.allclose(content["sigma"], np.cov(features, rowvar=False), rtol=1e-6, atol=1e-9)
+    assert content["arr_0"].shape == (7, 32, 32, 3)
+    assert np.array_equal(content["arr_0"][0], np.asarray(Image.open(sorted(folder.rglob("*.png"))[0])))
+    assert main(["evaluate", "reference", str(folder), str(out), "--extractor", "classifier"]) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    read = read_reference(out, load_extractor("classifier"))
+    assert np.array_equal(read.moments[0], content["mu"])
+    assert read.pool is not None
+    assert read.pool.shape[0] == 7
+    assert (read.size, read.spatial) == ((32, 32), None)
+
+
+def test_pictures_of_a_reference_are_read_once(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = load_extractor("classifier")
+    first = read_reference(folder, extractor)
+    monkeypatch.setattr(extraction, "extract", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr(stored.FolderPictures, "batches", lambda *_: pytest.fail("read again"))
+    second = read_reference(folder, extractor)
+    assert torch.equal(first.pool, second.pool)
+    assert list((cache / "features").iterdir())
+
+
+def test_statistics_of_other_packages(folder: Path, tmp_path: Path, npz: Path) -> None:
+    features = features_of(folder).pool.double().numpy()
+    np.savez(tmp_path / "fid.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    extractor = load_extractor("classifier")
+    report = evaluate(open_pictures(npz), tmp_path / "fid.npz", extractor, tmp_path / "a.json")
+    whole = evaluate(open_pictures(npz), folder, extractor, tmp_path / "b.json")
+    assert report.scores["fid"] == pytest.approx(whole.scores["fid"], rel=1e-5)
+    assert set(report.scores) == {"fid", "inception_score"}
+    assert set(whole.scores) == {"fid", "inception_score", "precision", "recall", "kid", "density", "coverage"}
+    np.savez(tmp_path / "short.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(ValueError, match="is of 2048 features, classifier gives 112"):
+        evaluate(open_pictures(npz), tmp_path / "short.npz", extractor, tmp_path / "c.json")
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
+    with pytest.raises(ValueError, match="no finite mean and covariance"):
+        read_reference(tmp_path / "odd.npz", extractor)
+    np.savez(tmp_path / "no.npz", weights=np.zeros(3))
+    with pytest.raises(ValueError, match="is no reference: it holds weights"):
+        read_reference(tmp_path / "no.npz", extractor)
+
+
+def test_stored_moments_that_disagree_with_the_pictures_are_said_and_used(folder: Path, tmp_path: Path) -> None:
+    extractor = load_extractor("classifier")
+    write_reference(folder, tmp_path / "good.npz", extractor, keep=1000)
+    assert read_reference(tmp_path / "good.npz", extractor).notes == []
+    content = dict(np.load(tmp_path / "good.npz"))
+    np.savez(tmp_path / "bad.npz", **{**content, "mu": content["mu"] + 3 * content["sigma"].diagonal() ** 0.5})
+    reference = read_reference(tmp_path / "bad.npz", extractor)
+    assert "disagree with its own pictures" in reference.notes[0]
+    assert np.allclose(reference.moments[0], content["mu"] + 3 * content["sigma"].diagonal() ** 0.5)
+    np.savez(tmp_path / "other.npz", **{**content, "extractor": np.array("0" * 64)})
+    with pytest.raises(ValueError, match="was made with another extractor than classifier"):
+        read_reference(tmp_path / "other.npz", extractor)
+
+
+def test_another_size_is_refused_before_anything_is_drawn(model: Path, npz: Path, tmp_path: Path, capsys) -> None:
+    words = ["evaluate", "model", str(model), "--reference", str(npz), "--extractor", "classifier", "--width", "64", "--height", "32"]
+    assert main([*words, "--out", str(tmp_path / "scores.json")]) == 2
+    assert "the pictures are 32 x 64 px, those of the reference 32 x 32" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if path != npz]
+
+
+# -- models --
+
+
+def test_a_model_is_scored_with_all_that_determines_it(model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "scores.json"
+    words = ["evaluate", "model", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "4", "--seed", "3"]
+    words += ["--steps", "3", "--guidance-scale", "1.5", "--top-k", "20", "--intervals", "--out", str(out)]
+    assert main([*words, "--save-npz", str(tmp_path / "drawn.npz"), "--save-png", str(tmp_path / "png"), "--batch", "7"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("FID", "Inception Score", "NOT comparable with published scores", "20 pictures instead of 50,000", "singular"):
+        assert expected in printed
+    report = json.loads(out.read_text())
+    assert report["comparable with published scores"] is False
+    samples = report["samples"]
+    assert samples["sha256"]["transformer.safetensors"] == sha256(model / "transformer.safetensors")
+    assert (samples["schedule"], samples["seeds"], samples["dtype"]) == ("1x1 2x2 8x8", [3, 22], "float32")
+    assert "scale=1.5" in samples["guidance"]
+    assert "top_k=20" in samples["sampling"]
+    assert samples["class counts"] == dict.fromkeys(CLASSES, 4)
+    assert report["extractor"]["name"] == "classifier"
+    assert {"flexvar", "torch", "numpy", "pillow", "python"} <= set(report["versions"])
+    assert report["intervals"]["fid"][0] <= report["scores"]["fid"] <= report["intervals"]["fid"][1]
+    assert [path.name for path in tmp_path.glob("*.unfinished")] == []
+
+    pipe = FlexVARPipeline.from_pretrained(model)
+    settings = {"num_inference_steps": 3, "guidance_scale": 1.5, "top_k": 20}
+    alone = np.stack([np.asarray(pipe(i % 5, seed=3 + i, **settings).images[0]) for i in range(20)])
+    assert np.array_equal(np.load(tmp_path / "drawn.npz")["arr_0"], alone)
+    files = sorted((tmp_path / "png").iterdir())
+    assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), alone)
+
+    # The pictures that it wrote get the same scores as the model, from the .npz and from the folder.
+    for source in (tmp_path / "drawn.npz", tmp_path / "png"):
+        again = tmp_path / "again.json"
+        assert main(["evaluate", "samples", str(source), "--reference", str(folder), "--extractor", "classifier", "--out", str(again)]) == 0
+        scores = json.loads(again.read_text())["scores"]
+        assert scores == pytest.approx(report["scores"], rel=1e-4)
+        again.unlink()
+
+    assert main(words) == 2
+    assert "scores.json exists" in capsys.readouterr().err
+    # Independent of our own file handling: the numbers are those of the functions on the features.
+    drawn, real = (metrics.moments(features_of(path).pool) for path in (tmp_path / "png", folder))
+    assert report["scores"]["fid"] == pytest.approx(metrics.frechet_distance(*drawn, *real), rel=1e-4)
+
+
+def test_interrupted_work_goes_on(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(extraction, "PIECE", 5)
+    words = ["evaluate", "model", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "4"]
+    assert main([*words, "--out", str(tmp_path / "whole.json")]) == 0
+    draw, drawn = DrawnPictures.batches, []
+
+    def interrupted(self: DrawnPictures, part: range):
+        drawn.append(part.start)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return draw(self, part)
+
+    monkeypatch.setattr(DrawnPictures, "batches", interrupted)
+    assert main([*words, "--out", str(tmp_path / "parts.json")]) == 130
+    assert not (tmp_path / "parts.json").exists()
+    assert main([*words, "--out", str(tmp_path / "parts.json"), "--seed", "9"]) == 2
+    assert "unfinished work with other settings" in capsys.readouterr().err
+    assert main([*words, "--out", str(tmp_path / "parts.json")]) == 0
+    assert drawn == [0, 5, 10, 10, 15]
+    whole, parts = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_any_number_of_processes_draws_the_same(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction, "PIECE", 3)
+    extractor, results = load_extractor("classifier"), []
+    for processes in (1, 2, 3):
+        pictures = DrawnPictures(FlexVARPipeline.from_pretrained(model), str(model), 2)
+        store = FeatureStore(tmp_path / f"{processes}", len(pictures), pictures.about())
+        for rank in range(processes):
+            extract(pictures, extractor, store, share=(rank, processes))
+        results.append(store.read().pool)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same_scores(model: Path, folder: Path, tmp_path: Path, cache: Path) -> None:
+    words = ["-m", "flexvar", "evaluate", "model", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "60"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    runs = {"one": [sys.executable], "two": [sys.executable, *torchrun]}
+    for name, run in runs.items():
+        subprocess.run([*run, *words, "--out", str(tmp_path / f"{name}.json")], check=True, capture_output=True)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in runs)
+    assert one["samples"] == two["samples"]
+    assert one["scores"] == pytest.approx(two["scores"], rel=1e-5)
+
+
+def test_a_broken_model_is_told(model: Path, folder: Path, tmp_path: Path) -> None:
+    pipe = FlexVARPipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipe.tokenizer.after_codes.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="drew pictures that are not finite"):
+        evaluate(DrawnPictures(pipe, str(model), 3), folder, load_extractor("classifier"), tmp_path / "scores.json")
+
+
+def test_too_few_pictures(npz: Path, folder: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", np.load(npz)["arr_0"][:4])
+    with pytest.raises(ValueError, match="4 pictures are too few"):
+        evaluate(open_pictures(tmp_path / "few.npz"), folder, load_extractor("classifier"), tmp_path / "scores.json")
+    np.savez(tmp_path / "one.npz", np.load(npz)["arr_0"][:1])
+    with pytest.raises(ValueError, match="a single picture"):
+        read_reference(tmp_path / "one.npz", load_extractor("classifier"))
+
+
+# -- sweeps --
+
+
+def test_a_sweep_scores_the_grid_and_goes_on(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    words = ["evaluate", "sweep", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "4"]
+    words += ["--steps", "2", "4", "--guidance-scale", "1", "3", "--out", str(tmp_path / "sweep")]
+    assert main(words) == 0
+    table = capsys.readouterr().out
+    assert table.count("steps 2, guidance 1.0") >= 1
+    assert "lowest FID: steps" in table
+    assert len(list((tmp_path / "sweep").glob("*.trial.json"))) == 4
+    assert Image.open(tmp_path / "sweep" / "plot.png").size == (800, 500)
+    alone = tmp_path / "alone.json"
+    point = ["evaluate", "model", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "4"]
+    assert main([*point, "--steps", "4", "--guidance-scale", "3", "--out", str(alone)]) == 0
+    trial = json.loads((tmp_path / "sweep" / "steps-4--guidance-3.0.trial.json").read_text())
+    assert trial["fid"] == pytest.approx(json.loads(alone.read_text())["scores"]["fid"], rel=1e-6)
+    monkeypatch.setattr("flexvar.evaluation.sweep.evaluate", lambda *_, **__: pytest.fail("scored again"))
+    assert main(words) == 0
+
+
+def test_the_best_trial_and_the_fastest_of_its_equals() -> None:
+    trials = [
+        Trial({"num_inference_steps": steps}, fid, (fid - 0.5, fid + 0.5), seconds, {})
+        for steps, fid, seconds in ((4, 5.0, 1.0), (6, 3.4, 1.5), (8, 3.2, 2.0), (10, 3.0, 2.5))
+    ]
+    lowest, fastest = best(trials)
+    assert (lowest.settings["num_inference_steps"], fastest.settings["num_inference_steps"]) == (10, 6)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "nothing is to be swept"),
+        (["--steps", "1"], "1 steps are too few"),
+        (["--top-p", "2"], "top_p"),
+        (["--steps", "4", "--schedule", "1,2,4"], "give one of the two"),
+    ],
+)
+def test_a_wrong_sweep_is_told(words: list[str], complaint: str, model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+    start = ["evaluate", "sweep", str(model), "--reference", str(folder), "--extractor", "classifier", "--out", str(tmp_path / "sweep")]
+    assert main([*start, *words]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
