@@ -283,7 +283,7 @@ def test_a_set_against_itself(width: int, repeats: int, rows: int) -> None:
     """However often its points are repeated, and where rounding is at its worst: long rows of one value."""
     points = np.concatenate((normal(5, width, 0), np.repeat(normal(3, 1, 1), width, 1), normal(2, width, 2) + 30)).repeat(repeats, 0)
     shuffled = np.random.default_rng(0).permutation(points)
-    for one, other in ((points, points), (points, shuffled), (shuffled, points[:: -1])):
+    for one, other in ((points, points), (points, shuffled), (shuffled, points[::-1])):
         precision, recall, density, coverage = scores(one, other, 3)
         assert (precision, recall, coverage) == (1, 1, 1)
         assert density >= 1

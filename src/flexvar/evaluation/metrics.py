@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,8 +31,7 @@ NORMAL_95 = 1.96  # standard errors on either side
 
 def moments(features: Array) -> tuple[np.ndarray, np.ndarray]:
     """Mean (F,) and covariance (F, F) of features, float64, divided by N - 1 as in reference files."""
-    rows = _matrix(features, "features", 2)
-    return _sums(rows, _near_the_mean(rows)).moments()
+    return _gathered(_matrix(features, "features", 2)).moments()
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -62,47 +61,56 @@ def frechet_interval(features: Array, mu: np.ndarray, sigma: np.ndarray, blocks:
     if blocks < 2:
         raise ValueError(f"blocks is {blocks}; leaving out one after the other needs at least 2")
     rows = _matrix(features, "features", 2 * blocks)
-    shift = _near_the_mean(rows)
-    everything = _sums(rows, shift)
-    left = (everything.without(_sums(rows[block::blocks], shift)) for block in range(blocks))
-    distances = [frechet_distance(*sums.moments(), mu, sigma) for sums in left]
+    everything = _gathered(rows)
+    left = (everything.without(_gathered(rows[block::blocks], everything.shift)) for block in range(blocks))
+    distances = [frechet_distance(*rest.moments(), mu, sigma) for rest in left]
     distance = frechet_distance(*everything.moments(), mu, sigma)
     error = math.sqrt((blocks - 1) * np.var(distances))  # the delete-one jackknife
     return max(0.0, distance - NORMAL_95 * error), distance + NORMAL_95 * error
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Of rows less a shift, which keeps the size of the mean out of the covariance's rounding; float64."""
+@dataclass
+class RunningMoments:
+    """Mean and covariance of features that come batch by batch, in float64; the features themselves are not kept.
 
-    shift: Tensor  # (F,)
-    count: int
-    first: Tensor  # (F,)
-    second: Tensor  # (F, F), of products
+    shift: (F,), taken off all rows, which keeps the size of the mean out of the covariance's rounding; the first batch's mean if None.
+    """
 
-    def without(self, part: _Sums) -> _Sums:
-        """The sums of the other rows."""
-        return _Sums(self.shift, self.count - part.count, self.first - part.first, self.second - part.second)
+    shift: Tensor | None = None
+    count: int = 0
+    first: Tensor = field(default_factory=lambda: torch.zeros(()))  # (F,), sum of rows
+    second: Tensor = field(default_factory=lambda: torch.zeros(()))  # (F, F), sum of their products
+
+    def add(self, features: Tensor) -> None:
+        """Counts in a batch (B, F)."""
+        rows = _double(features)
+        if self.shift is None:
+            self.shift = rows.mean(0)
+        if not self.count:
+            self.first, self.second = torch.zeros_like(self.shift), rows.new_zeros(rows.shape[1], rows.shape[1])
+        rows = rows - self.shift
+        self.count += len(rows)
+        self.first += rows.sum(0)
+        self.second.addmm_(rows.T, rows)
+
+    def without(self, part: RunningMoments) -> RunningMoments:
+        """Those of the other rows; `part` has the same shift."""
+        return RunningMoments(self.shift, self.count - part.count, self.first - part.first, self.second - part.second)
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and covariance."""
+        """As the function `moments` gives them. ValueError for fewer than 2 rows."""
+        if self.shift is None or self.count < 2:
+            raise ValueError(f"there are {self.count} features; give at least 2")
         sigma = (self.second - torch.outer(self.first, self.first) / self.count) / (self.count - 1)
         return (self.shift + self.first / self.count).cpu().numpy(), sigma.cpu().numpy()
 
 
-def _sums(rows: Tensor, shift: Tensor) -> _Sums:
+def _gathered(rows: Tensor, shift: Tensor | None = None) -> RunningMoments:
     """One pass, without a float64 copy of all rows."""
-    first, second = torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
+    gathered = RunningMoments(shift)
     for part in rows.split(ROWS):
-        centred = _double(part) - shift  # (n, F)
-        first += centred.sum(0)
-        second.addmm_(centred.T, centred)
-    return _Sums(shift, len(rows), first, second)
-
-
-def _near_the_mean(rows: Tensor) -> Tensor:
-    """The mean of the first rows, (F,) float64."""
-    return _double(rows[:ROWS]).mean(0)
+        gathered.add(part)
+    return gathered
 
 
 def _factor(sigma: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from flexvar.checkpoint import TOKENIZER, Model, load
 from flexvar.evaluation.extractors import Extractor
 from flexvar.evaluation.lpips import LPIPS, load_lpips
 from flexvar.evaluation.lpips import SMALLEST as SMALLEST_FOR_LPIPS
-from flexvar.evaluation.metrics import frechet_distance
+from flexvar.evaluation.metrics import RunningMoments, frechet_distance
 from flexvar.evaluation.reconstruction import ScaleQuality, rebuilt_by_scale, unmeasured, use_of_all
 from flexvar.evaluation.scores import FORMAT, PUBLISHED_COUNT
 from flexvar.evaluation.stored import PictureSet, open_pictures
@@ -223,33 +222,6 @@ def _quality(
     for scale, (ours, theirs) in zip(scales, moments, strict=True):
         scale.rfid = frechet_distance(*ours.moments(), *theirs.moments()) if ours.count else None
     return scales
-
-
-class RunningMoments:
-    """Mean and covariance of features (B, F) that come batch by batch, in float64; the features themselves are not kept.
-
-    Ten scales of 50,000 pictures would have 7 GB of them. The mean of the first batch is taken off all, which keeps the size of the mean
-    out of the covariance's rounding.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, features: Tensor) -> None:
-        rows = features.double()
-        if not self.count:
-            self._shift = rows.mean(0)  # (F,)
-            self._sum, self._products = torch.zeros_like(self._shift), rows.new_zeros(rows.shape[1], rows.shape[1])
-        rows = rows - self._shift
-        self.count += len(rows)
-        self._sum += rows.sum(0)
-        self._products.addmm_(rows.T, rows)
-
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """As `flexvar.evaluation.metrics.moments` gives them."""
-        mean = self._sum / self.count
-        sigma = (self._products - torch.outer(self._sum, mean)) / (self.count - 1)
-        return (self._shift + mean).numpy(), sigma.numpy()
 
 
 def _evenly(available: int, count: int | None) -> list[int]:
