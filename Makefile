@@ -1,13 +1,14 @@
 # make demo      draw with the bundled model, into out/demo
 # make test      the suite, 6 minutes at most on 2 cores
 # make test-all  the slow tests as well, 20 minutes at most
+# make evaluate  scores of the bundled model, into out/evaluate; a few minutes
 # make check     style, types and tests
 
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all check clean
+.PHONY: demo evaluate test test-all check clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "== installing into .venv (once; torch is the large part) =="
@@ -25,6 +26,10 @@ export OMP_NUM_THREADS ?= 1
 demo: .venv/installed
 	@echo "== drawing with the bundled model =="
 	env -u OMP_NUM_THREADS $(BIN)/python -m examples.demo out/demo
+
+evaluate: .venv/installed-dev
+	@echo "== scoring the bundled model by the built-in extractor =="
+	env -u OMP_NUM_THREADS $(BIN)/python -m examples.evaluate out/evaluate
 
 test: .venv/installed-dev
 	@echo "== tests =="

@@ -378,7 +378,7 @@ def test_a_sweep_scores_the_grid_and_goes_on(model: Path, folder: Path, tmp_path
     assert table.count("steps 2, guidance 1.0") >= 1
     assert "lowest FID: steps" in table
     assert len(list((tmp_path / "sweep").glob("*.trial.json"))) == 4
-    assert Image.open(tmp_path / "sweep" / "plot.png").size == (800, 500)
+    assert Image.open(tmp_path / "sweep" / "plot.png").size == (900, 600)
     alone = tmp_path / "alone.json"
     point = ["evaluate", "model", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "4"]
     assert main([*point, "--steps", "4", "--guidance-scale", "3", "--out", str(alone)]) == 0

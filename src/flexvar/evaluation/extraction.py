@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,16 +96,24 @@ def joined(parts: list[Features]) -> Features:
 def extract(
     pictures: PictureSet, extractor: Extractor, store: FeatureStore, *, share: tuple[int, int] = (0, 1), keep_pixels: bool = False
 ) -> None:
-    """Fills a store with the features of pictures: of all of them, or of this process's share (its number, how many there are).
-
-    The extractor reads a batch while the next one is drawn or read from disk.
-    """
+    """Fills a store with the features of pictures: of all of them, or of this process's share (its number, how many there are)."""
     rank, processes = share
     own = [part for part in store.missing() if (part.start // PIECE) % processes == rank]
+    for part in progress(own, f"pictures, {PIECE} at a time"):
+        pixels: list[Tensor] | None = [] if keep_pixels else None
+        features = features_beside(pictures.batches(part), extractor, pixels)
+        store.write(part, features, torch.cat(pixels) if pixels else None)
+
+
+def features_beside(batches: Iterable[Tensor], extract: Callable[[Tensor], Features], pixels: list[Tensor] | None = None) -> Features:
+    """The features of some batches; each is read by the extractor while the next one is drawn or comes from disk.
+
+    pixels: a list that also gets the batches.
+    """
+    waiting = []
     with ThreadPoolExecutor(1) as beside:
-        for part in progress(own, f"pictures, {PIECE} at a time"):
-            waiting, pixels = [], []
-            for batch in pictures.batches(part):
-                waiting.append(beside.submit(extractor, batch))
-                pixels += [batch] if keep_pixels else []
-            store.write(part, joined([future.result() for future in waiting]), torch.cat(pixels) if keep_pixels else None)
+        for batch in batches:
+            waiting.append(beside.submit(extract, batch))
+            if pixels is not None:
+                pixels.append(batch)
+    return joined([future.result() for future in waiting])

@@ -119,19 +119,22 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
     speed = ("num_inference_steps", "schedule")
     rest = [tuple((name, value) for name, value in trial.settings.items() if name not in speed) for trial in trials]
     for group in dict.fromkeys(rest):
-        own = sorted((trial for trial, other in zip(trials, rest, strict=True) if other == group), key=lambda trial: trial.seconds)
+        own = [trial for trial, other in zip(trials, rest, strict=True) if other == group]
         errors = [[trial.fid - trial.interval[0] for trial in own], [trial.interval[1] - trial.fid for trial in own]]
         times, values = [trial.seconds for trial in own], [trial.fid for trial in own]
         axis.errorbar(times, values, errors, marker="o", capsize=3, label=name_of(dict(group)) or None)
         for trial in own:
-            told = {name: value for name, value in trial.settings.items() if name in speed}
-            axis.annotate(name_of(told), (trial.seconds, trial.fid), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            told = " ".join(str(value) for name, value in trial.settings.items() if name in speed)
+            axis.annotate(told, (trial.seconds, trial.fid), xytext=(5, 5), textcoords="offset points", fontsize=9)
+    swept = [name for name in speed if name in trials[0].settings]
+    axis.set_title(f"figures at the points: {SWEPT[swept[0]]}" if swept else "", fontsize=10)
+    axis.set_yscale("log")
     axis.set_xlabel("seconds a picture")
-    axis.set_ylabel("FID (lower is better)")
+    axis.set_ylabel("FID and its 95 % interval (lower is better)")
     axis.grid(alpha=0.3)
     if any(rest):
         axis.legend(fontsize=8)
