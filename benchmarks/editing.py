@@ -1,35 +1,48 @@
-"""Measures inpainting by the bundled model: `python -m benchmarks.editing [--pictures 144] [--quick]`.
+"""Measures editing: `python -m benchmarks.editing [--model FOLDER | --shapes FOLDER] [--pictures 144] [--quick]`.
 
-Unseen renderings lose a random quarter, half, or their centre, and are completed with their class given. One line for each way to do it:
+Unseen drawings lose a random quarter, half, or their centre, and are completed with their class given. One line for each way to do it:
 class accuracy of the completed pictures over that of the untouched ones; the seam, over that of the untouched ones; PSNR of the completed
 region against what was there; and, without the paste, how far the kept region (two codes or more from the mask) falls behind the
-tokenizer's own reconstruction. Then the class accuracy of refined and enlarged pictures. Exit status 1 where the default way falls short.
+tokenizer's own reconstruction. Then the class accuracy of refined and enlarged pictures, and how near enlarged ones come to the same
+drawings at twice the size. Exit status 1 where the default way falls short.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.emoji import UNSEEN_SEED, Measure
-from flexvar import FlexVARPipeline
-from flexvar.data import EmojiScenes
-from flexvar.editing import filled
-from flexvar.evaluation import class_accuracy, load_classifier, renderings
+from benchmarks.shapes import CLASSIFIER_BATCH, CLASSIFIER_STEPS, FLOORS_FROM
+from flexvar import FlexVARPipeline, Tokenizer
+from flexvar.data import EmojiScenes, PictureSource, Shapes
+from flexvar.editing import Edit, filled
+from flexvar.evaluation import Classifier, class_accuracy, load_classifier, psnr, renderings, ssim, train_classifier
 from flexvar.evaluation.quality import seam
+from flexvar.generation import Keep
+from flexvar.position import area_averaged
+from flexvar.schedule import Schedule, Size
+from flexvar.sheet import to_pil
 
 CLASS_KEPT = 0.80  # completed over untouched
 SEAM = 1.5  # completed over untouched, medians
 KEPT_LOSS = -1.0  # dB, median
 AT_ONCE = 48
 WAYS: dict[str, dict[str, Any]] = {
-    "as it is": {},
     "coarse cells with any white": {"mask_rule": "any"},
     "coarse cells with a majority of white": {"mask_rule": "majority"},
     "no feather": {"feather": 0},
@@ -38,6 +51,80 @@ WAYS: dict[str, dict[str, Any]] = {
     "without guidance": {"guidance_scale": 1.0},
     "without a class": {"class_labels": None},
 }
+
+
+# -- other ways to keep, which the package does not have --
+
+
+@contextmanager
+def own_features(pipe: FlexVARPipeline, decoded: bool) -> Iterator[None]:
+    """Where codes are kept, the next scale's input is made of the picture's own features, as unit vectors, instead of the codes' ones.
+
+    decoded: they are decoded too; otherwise that is the kept codes.
+    """
+    tokenizer, ordinary = pipe.tokenizer, pipe._keep
+    held: dict[Size, tuple[Tensor, Tensor]] = {}  # of each scale: where codes are kept (B, h, w, 1), and the features (B, h, w, C)
+
+    @torch.no_grad()
+    def keep(edit: Edit, schedule: Schedule) -> Keep:
+        kept, features = ordinary(edit, schedule), tokenizer.features(edit.canvas)
+        for size, where in zip(schedule, kept.where or [], strict=True):
+            held[size] = where[..., None], F.normalize(tokenizer.pooled(features, size), dim=-1)
+        return kept
+
+    def vectors(codes: Tensor) -> Tensor:
+        return torch.where(*held[codes.shape[1], codes.shape[2]], tokenizer.quantizer.lookup(codes)).permute(0, 3, 1, 2)  # (B, C, h, w)
+
+    def lift(codes: Tensor, size: Size) -> Tensor:
+        return F.interpolate(vectors(codes), size, mode="bicubic")
+
+    def decode(codes: Tensor) -> Tensor:
+        return tokenizer.decode_vectors(vectors(codes))
+
+    with patch.object(pipe, "_keep", keep), patch.multiple(tokenizer, lift=lift, decode=decode if decoded else tokenizer.decode):
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recoded(Keep):
+    """Kept codes that are those of a composite: the scale before, as it was drawn, inside the white, and the canvas outside."""
+
+    codes: list[Tensor]
+    tokenizer: Tokenizer
+    canvas: Tensor  # (B, 3, H, W)
+    white: Tensor  # (B, 1, H, W)
+
+    def apply(self, scale: int, drawn: Tensor) -> Tensor:
+        codes = super().apply(scale, drawn)
+        if scale + 1 < len(self):
+            drawing = F.interpolate(self.tokenizer.decode(codes), self.canvas.shape[-2:], mode="bicubic").clamp(-1, 1)
+            features = self.tokenizer.features(torch.lerp(self.canvas, drawing, self.white))
+            (self.codes[scale + 1],) = self.tokenizer.codes(features, [tuple(self.codes[scale + 1].shape[1:])])
+        return codes
+
+
+@contextmanager
+def recoded(pipe: FlexVARPipeline) -> Iterator[None]:
+    """The composited picture is encoded again between scales."""
+    ordinary = pipe._keep
+
+    def keep(edit: Edit, schedule: Schedule) -> Keep:
+        kept = ordinary(edit, schedule)
+        assert edit.white is not None
+        return Recoded(codes=list(kept.codes), where=kept.where, tokenizer=pipe.tokenizer, canvas=edit.canvas, white=edit.white)
+
+    with patch.object(pipe, "_keep", keep):
+        yield
+
+
+OTHER_WAYS: dict[str, Callable[[FlexVARPipeline], AbstractContextManager[None]]] = {
+    "the picture's own features as inputs": partial(own_features, decoded=False),
+    "its own features as inputs, and decoded": partial(own_features, decoded=True),
+    "encoded again between scales": recoded,
+}
+
+
+# -- what is edited, and how it is measured --
 
 
 def random_masks(count: int, side: int) -> Tensor:
@@ -60,61 +147,113 @@ def decibels(found: Tensor, expected: Tensor, where: Tensor) -> Tensor:
     return -10 * ((error * where).sum((1, 2, 3)) / where.sum((1, 2, 3))).clamp_min(1e-9).log10()
 
 
+@torch.no_grad()
+def rebuilt(tokenizer: Tokenizer, pictures: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) through the tokenizer."""
+    parts = [tokenizer.features(part) for part in pictures.split(AT_ONCE)]
+    return torch.cat([tokenizer.decode(tokenizer.codes(part, [part.shape[-2:]])[0]) for part in parts]).clamp(-1, 1)
+
+
+class Trial:
+    """Unseen pictures (N, 3, side, side) in [-1, 1] and their masks, the model that edits them, and the judge of their class."""
+
+    def __init__(self, pipe: FlexVARPipeline, source: PictureSource, judge: Classifier, count: int) -> None:
+        self.pipe, self.source, self.judge = pipe, source, judge
+        side, downsample = pipe.defaults.height, pipe.tokenizer.config.downsample
+        self.real, self.labels = renderings(source, count, (side, side), UNSEEN_SEED)
+        self.meaning = torch.tensor([judge.class_names.index(name) for name in pipe.class_names])[self.labels]
+        self.masks, self.rebuilt = random_masks(count, side), rebuilt(pipe.tokenizer, self.real)
+        reach = 2 * downsample
+        self.far = 1 - F.max_pool2d(self.masks, 2 * reach + 1, 1, reach)
+        right, total = class_accuracy(judge, self.real, self.meaning)
+        self.untouched = right / total
+
+    def edited(self, name: str, given: Tensor, **settings: Any) -> Tensor:
+        """Pictures in [-1, 1] after an edit, with their own classes and fixed seeds."""
+        settings = {"class_labels": self.labels.tolist(), "seed": 0, "output_type": "pt", "batch_size": AT_ONCE} | settings
+        return torch.as_tensor(getattr(self.pipe, name)((given + 1) / 2, **settings).images) * 2 - 1
+
+    def completed(self, **settings: Any) -> Tensor:
+        return self.edited("inpaint", self.real, mask=self.masks, **settings)
+
+    def class_share(self, found: Tensor) -> float:
+        right, total = class_accuracy(self.judge, found, self.meaning)
+        return right / total / self.untouched
+
+    def line(self, name: str, found: Tensor, unpasted: Tensor | None = None, judged: bool = False, more: str = "") -> bool:
+        """Prints the measures of completed pictures; whether they reach the targets."""
+        share, jump = self.class_share(found), (seam(found, self.masks).median() / seam(self.real, self.masks).median()).item()
+        said = f"class {share:.3f}  seam {jump:.2f}  inside {decibels(found, self.real, self.masks).median():.2f} dB"
+        reached, kept = share >= CLASS_KEPT and jump <= SEAM, self.far.sum((1, 2, 3)) > 0
+        if unpasted is not None and kept.any():
+            loss = (decibels(unpasted, self.real, self.far) - decibels(self.rebuilt, self.real, self.far))[kept].median().item()
+            said, reached = f"{said}  kept {loss:+.2f} dB", reached and loss >= KEPT_LOSS
+        print(Measure(name, said + more, "", reached if judged else None), flush=True)
+        return reached
+
+    def way(self, name: str, judged: bool = False, **settings: Any) -> bool:
+        """Completes the pictures in a way, with and without the paste; prints the measures."""
+        began = time.perf_counter()
+        found = self.completed(**settings)
+        seconds = (time.perf_counter() - began) / len(found)
+        return self.line(name, found, self.completed(paste=False, **settings), judged, f"  {seconds * 1000:.0f} ms")
+
+    def enlarged(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Ways to twice the size, each with its pictures and the true ones; all but the last begin with those, reduced."""
+        side = 2 * self.real.shape[-1]
+        large, _ = renderings(self.source, len(self.real), (side, side), UNSEEN_SEED)
+        small = area_averaged(large, (side // 2, side // 2))
+        yield "upscale", self.edited("upscale", small, factor=2), large
+        for filter in (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS):
+            pixels = np.stack([np.array(picture.resize((side, side), filter)) for picture in to_pil(small)])
+            yield filter.name.lower(), torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, large
+        yield "the tokenizer's rebuilding of the true ones", rebuilt(self.pipe.tokenizer, large), large
+
+
+def trial_of(words: argparse.Namespace, count: int) -> Trial:
+    """The model that was asked for, and its judge; that of drawn shapes is trained here."""
+    pipe = FlexVARPipeline.from_pretrained(words.shapes or words.model or "emoji")
+    if words.shapes is None:
+        return Trial(pipe, EmojiScenes(pipe.class_names), load_classifier(), count)
+    steps = round(CLASSIFIER_STEPS * FLOORS_FROM)
+    return Trial(pipe, Shapes(), train_classifier(Shapes(), steps=steps, batch=CLASSIFIER_BATCH, seed=0, size=pipe.defaults.height), count)
+
+
 def main() -> int:
     """Prints the measures; gives the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.editing", description=(__doc__ or "").splitlines()[0])
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--model", type=Path, metavar="FOLDER", help="a model of emoji; default: the bundled one")
+    models.add_argument("--shapes", type=Path, metavar="FOLDER", help="a model of drawn shapes, such as benchmarks.shapes trains")
     parser.add_argument("--pictures", type=int, default=144, help="pictures to complete in each way (default 144)")
     parser.add_argument("--quick", action="store_true", help="48 pictures, the default way only")
     words = parser.parse_args()
-    pictures, ways = (48, {"as it is": WAYS["as it is"]}) if words.quick else (words.pictures, WAYS)
-    pipe, classifier = FlexVARPipeline.from_pretrained("emoji"), load_classifier()
-    side, names = pipe.defaults.height, pipe.class_names
-    real, labels = renderings(EmojiScenes(names), pictures, (side, side), UNSEEN_SEED)
-    meaning = torch.tensor([classifier.class_names.index(name) for name in names])[labels]
-    masks = random_masks(pictures, side)
-    reach = 2 * pipe.tokenizer.config.downsample
-    far = 1 - F.max_pool2d(masks, 2 * reach + 1, 1, reach)
-    kept = far.sum((1, 2, 3)) > 0
-    tokenizer = pipe.tokenizer
-    with torch.no_grad():
-        rebuilt = torch.cat([tokenizer.decode(tokenizer.codes(tokenizer.features(part), [(side // tokenizer.config.downsample,) * 2])[0])
-                             for part in real.split(AT_ONCE)]).clamp(-1, 1)  # fmt: skip
-    right, total = class_accuracy(classifier, real, meaning)
-    untouched = right / total
+    trial = trial_of(words, 48 if words.quick else words.pictures)
+    real, masks = trial.real, trial.masks
 
-    def completed(**settings: Any) -> Tensor:
-        given = {"class_labels": labels.tolist(), "seed": 0, **settings}
-        images = pipe.inpaint((real + 1) / 2, masks, output_type="pt", batch_size=AT_ONCE, **given).images
-        return torch.as_tensor(images) * 2 - 1
-
-    def line(name: str, found: Tensor, unpasted: Tensor | None, judged: bool = False) -> bool:
-        right, total = class_accuracy(classifier, found, meaning)
-        share, jump = right / total / untouched, (seam(found, masks).median() / seam(real, masks).median()).item()
-        inside = decibels(found, real, masks).median().item()
-        loss = None if unpasted is None else (decibels(unpasted, real, far) - decibels(rebuilt, real, far))[kept].median().item()
-        said = f"class {share:.3f}  seam {jump:.2f}  inside {inside:.2f} dB" + ("" if loss is None else f"  kept {loss:+.2f} dB")
-        reached = share >= CLASS_KEPT and jump <= SEAM and (loss is None or loss >= KEPT_LOSS)
-        print(Measure(name, said, "", reached if judged else None), flush=True)
-        return reached
-
-    reached = True
-    print(f"class accuracy of {total} untouched pictures: {untouched:.1%}")
+    print(f"class accuracy of {len(real)} untouched pictures: {trial.untouched:.1%}")
     print(f"targets: class >= {CLASS_KEPT}, seam <= {SEAM}, kept >= {KEPT_LOSS} dB")
-    line("filled from the border, nothing drawn", filled(real, 1 - masks), None)
-    line("the tokenizer's own rebuilding, pasted", torch.where(masks > 0, rebuilt, real), None)
-    for name, settings in ways.items():
-        found = line(name, completed(**settings), completed(paste=False, **settings), judged=not settings)
-        reached &= found or bool(settings)
-    if not words.quick:
-        several = torch.stack([completed(seed=1_000_000 * (1 + i)) for i in range(4)])
-        best = torch.stack([seam(one, masks) for one in several]).argmin(0)
-        line("the best seam of four", several[best, torch.arange(pictures)], None)
-        changes: list[tuple[str, dict[str, float]]] = [("refine", {"strength": strength}) for strength in (0.25, 0.5, 0.75)]
-        for name, settings in [*changes, ("upscale", {"factor": 1.5}), ("upscale", {"factor": 2.0})]:
-            change = getattr(pipe, name)
-            images = change((real + 1) / 2, class_labels=labels.tolist(), seed=0, output_type="pt", batch_size=AT_ONCE, **settings).images
-            right, total = class_accuracy(classifier, torch.as_tensor(images) * 2 - 1, meaning)
-            print(Measure(f"{name} {next(iter(settings.values())):g}", f"class {right / total / untouched:.3f}"), flush=True)
+    trial.line("filled from the border, nothing drawn", filled(real, 1 - masks))
+    trial.line("the tokenizer's own rebuilding, pasted", torch.where(masks > 0, trial.rebuilt, real))
+    reached = trial.way("as it is", judged=True)
+    if words.quick:
+        return int(not reached)
+    for name, settings in WAYS.items():
+        trial.way(name, **settings)
+    for name, replaced in OTHER_WAYS.items():
+        with replaced(trial.pipe):
+            trial.way(name)
+    several = torch.stack([trial.completed(seed=1_000_000 * (1 + i)) for i in range(4)])
+    best = torch.stack([seam(one, masks) for one in several]).argmin(0)
+    trial.line("the best seam of four", several[best, torch.arange(len(real))])
+
+    changes: list[tuple[str, dict[str, float]]] = [("refine", {"strength": strength}) for strength in (0.25, 0.5, 0.75)]
+    for name, settings in [*changes, ("upscale", {"factor": 1.5}), ("upscale", {"factor": 2.0})]:
+        share = trial.class_share(trial.edited(name, real, **settings))
+        print(Measure(f"{name} {next(iter(settings.values())):g}", f"class {share:.3f}"), flush=True)
+    print("twice the size, against the same drawings at that size")
+    for name, found, large in trial.enlarged():
+        print(Measure(name, f"PSNR {psnr(found, large).median():.2f} dB  SSIM {ssim(found, large).median():.3f}"), flush=True)
     return int(not reached)
 
 

@@ -117,7 +117,8 @@ def test_convolutions_and_attention_of_the_decoder_are_told_apart() -> None:
 
 
 def test_the_cache_of_the_released_models() -> None:
-    for name, mebibytes in (("10", 191), ("512-15", 713)):
+    """All scales of the released code's cache, less the last, which ours does not keep."""
+    for name, mebibytes in (("10", 191 * (680 - 256) / 680), ("512-15", 713 * (2534 - 1024) / 2534)):
         assert released(24, name, dtype=torch.float16).memory.cache / 2**20 == pytest.approx(mebibytes, abs=0.5)
 
 
@@ -133,7 +134,7 @@ def test_memory_and_parameters_are_those_of_the_real_thing(small_tokenizer: Toke
     with LiveBytes() as live, torch.no_grad():
         small_tokenizer.decode_vectors(torch.zeros(2, small_tokenizer.config.code_width, 4, 5))
     assert plan_.memory.decoding == pytest.approx(live.most, rel=0.05)
-    assert plan_.memory.peak == plan_.memory.weights + plan_.memory.cache + max(plan_.memory.drawing, plan_.memory.decoding)
+    assert plan_.memory.peak == plan_.memory.weights + max(plan_.memory.cache + plan_.memory.drawing, plan_.memory.decoding)
 
 
 def test_drawing_stays_within_the_estimate(small_tokenizer: Tokenizer) -> None:

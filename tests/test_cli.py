@@ -34,7 +34,7 @@ def test_sample(model: str, tmp_path: Path, capsys) -> None:
     assert picture.text["class"] == "cat face"
     assert picture.text["seed"] == "9"
     assert picture.text["schedule"].endswith("2x6")
-    assert picture.text["guidance"] == "Guidance(kind='ramp', scale=2.0, split=False)"
+    assert picture.text["guidance"] == "Guidance(kind='ramp', scale=2.0, split=False, stop=None)"
     assert "top_p=0.95" in picture.text["sampling"]
     same = FlexVARPipeline.from_pretrained(model)("cat face", height=8, width=24, seed=9).images[0]
     assert np.array_equal(np.asarray(picture), np.asarray(same))

@@ -14,7 +14,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("schedule", "position", "attention", "kv_cache", "sampling", "weights"),
         *("writing", "progress", "sheet", "checks", "arguments", "processes"),
     ),
-    ("tokenizer", "transformer", "data"),
+    ("tokenizer", "transformer", "data", "labels"),
     ("generation", "accounting"),
     ("editing", "checkpoint", "official", "zoo", "memory"),
     ("models",),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import weakref
 
 import pytest
 import torch
@@ -136,8 +137,39 @@ def test_seeds_of_the_wrong_length(small_tokenizer: Tokenizer, small_transformer
 
 def test_a_cache_too_small_says_so() -> None:
     cache = KeyValueCache(1, 1, 1, 3, 2, dtype=torch.float32, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="room for 3 tokens and was given 4"):
-        cache.extend(0, torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))
+    for _ in range(2):
+        cache.extend(0, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+        cache.advance(2)
+    with pytest.raises(ValueError, match="room for 3 tokens before the last scale and was given 4"):
+        cache.extend(0, torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_guidance_that_stops_drops_a_half_and_nothing_else(
+    small_tokenizer: Tokenizer, small_transformer: Transformer, monkeypatch: pytest.MonkeyPatch, stop: int, split: bool
+) -> None:
+    class Both(Guidance):
+        """As good as 1 instead of 1, so that both halves are computed to the end."""
+
+        def weights(self, *arguments) -> tuple[float, ...]:
+            return tuple(1 + 1e-9 if weight == 1 else weight for weight in super().weights(*arguments))
+
+    guidance = ("constant", 3.0, split, stop)
+    expected = codes_of(small_tokenizer, small_transformer, [1, 2], [3, 4], guidance=Both(*guidance))
+    rows, plain = [], KeyValueCache.extend
+    monkeypatch.setattr(KeyValueCache, "extend", lambda self, block, k, v: (rows.append(len(k)), plain(self, block, k, v))[1])
+    assert torch.equal(codes_of(small_tokenizer, small_transformer, [1, 2], [3, 4], guidance=Guidance(*guidance)), expected)
+    depth = small_transformer.config.depth
+    assert sum(rows) == depth * (2 * len(SCHEDULE) + 2 * stop)
+
+
+def test_decoding_gets_the_memory_of_the_cache(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    caches, new_cache = [], small_transformer.new_cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_transformer, "new_cache", lambda *given: (caches.append(weakref.ref(cache := new_cache(*given))), cache)[1])
+        for step in generate(small_tokenizer, small_transformer, [1], SCHEDULE, guidance=Guidance("constant", 2.0), seeds=[1]):
+            assert (caches[0]() is None) == (step.index == len(SCHEDULE) - 1)
 
 
 def test_half_precision_runs(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:

@@ -87,7 +87,7 @@ class Memory:
 
     transformer_weights: int
     tokenizer_weights: int  # encoder included
-    cache: int  # keys and values of all scales
+    cache: int  # keys and values of all scales but the last
     drawing: int  # estimate: the last scale's activations, or its logits in float32 where they are larger
     decoding: int  # the largest sum of maps that exist at the same time in the decoder
 
@@ -98,8 +98,8 @@ class Memory:
 
     @property
     def working(self) -> int:
-        """The most that exists at the same time beside the weights; the cache lives until the last scale is decoded."""
-        return self.cache + max(self.drawing, self.decoding)
+        """The most that exists at the same time beside the weights; the cache is gone when the last scale is decoded."""
+        return max(self.cache + self.drawing, self.decoding)
 
     @property
     def peak(self) -> int:
@@ -189,9 +189,14 @@ def plan(
     memory = Memory(
         transformer_weights=parameters[0] * dtype.itemsize,
         tokenizer_weights=parameters[1] * dtype.itemsize,
-        cache=2 * transformer.depth * rows * schedule.tokens * width * dtype.itemsize,
-        # The MLP holds its hidden layer twice beside x, its normalised and its modulated form; sampling holds the logits twice.
-        drawing=max(rows * last * (2 * hidden + 3 * width) * dtype.itemsize, 2 * batch * last * transformer.codebook_size * 4),
+        cache=2 * transformer.depth * rows * (schedule.tokens - last) * width * dtype.itemsize,
+        # Attention holds one block's keys and values of all scales, and some twelve maps of the last one; the MLP its hidden layer twice
+        # beside x, its normalised and its modulated form; sampling the logits twice.
+        drawing=max(
+            rows * (2 * schedule.tokens + 12 * last) * width * dtype.itemsize,
+            rows * last * (2 * hidden + 3 * width) * dtype.itemsize,
+            2 * batch * last * transformer.codebook_size * 4,
+        ),
         decoding=decoding,
     )
     return Plan(transformer, tokenizer, schedule, batch, guided, dtype, *parameters, flops, memory)

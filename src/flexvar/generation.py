@@ -117,7 +117,7 @@ def _draw(
     """The loop itself: labels (B,), uniform numbers (B, L)."""
     weights = guidance.weights(schedule, transformer.config.trained_grid)
     greedy = sampling.greedy_scales(schedule, transformer.config.trained_grid)
-    guided = any(weight != 1 for weight in weights)
+    guided = max((k + 1 for k, weight in enumerate(weights) if weight != 1), default=0)  # scales, from the first
 
     # Each half is a batch that goes through the network at once: pictures with their class, and the same ones without it.
     unlabelled = torch.full_like(labels, transformer.config.null_class)
@@ -127,18 +127,21 @@ def _draw(
 
     codes = torch.empty(0)
     for k, (size, at) in enumerate(zip(schedule, schedule.slices, strict=True)):
+        if k == guided > 0:  # no scale from here on reads what was drawn without the class
+            conditions, caches = [conditions[0].only(len(labels))], [caches[0].only(len(labels))]
         if k == 0:
             embedded = [transformer.begin(condition, size) for condition in conditions]
         else:
             scale = transformer.embed(tokenizer.lift(codes, size).flatten(2).mT, size)  # (B, n, D)
-            embedded = [scale.repeat(len(half) // len(labels), 1, 1) for half in halves]
+            embedded = [scale.repeat(len(condition.embedding) // len(labels), 1, 1) for condition in conditions]
         read = torch.cat([transformer.step(*half) for half in zip(embedded, conditions, caches, strict=True)])  # (B or 2B, n, D)
-        if guided:
+        if k < guided:
             # The head is linear and the weights sum to 1, so guiding what it reads is guiding its logits, at half the work.
             with_class, without = read.float().chunk(2)
             read = torch.lerp(without, with_class, weights[k]).to(read.dtype)  # (B, n, D)
-        logits = full_logits(transformer.head, read)  # (B, n, V)
-        codes = choose(logits, numbers[:, at], sampling, greedy[k]).unflatten(1, size)  # (B, h, w)
+        if k == len(schedule) - 1:
+            del caches, embedded  # decoding gets their memory
+        codes = choose(full_logits(transformer.head, read), numbers[:, at], sampling, greedy[k]).unflatten(1, size)  # (B, h, w)
         if keep is not None:
             codes = keep.apply(k, codes)
         yield Step(k, size, codes, tokenizer.decode)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
 
 class KeyValueCache:
-    """Room for the keys and values of `tokens` positions in every block.
+    """Room for the keys and values of `tokens` positions in every block: those of all scales but the last, which no later one reads.
 
     One tensor (depth, 2, B, H, tokens, D / H). A scale is written by `extend`, block by block, and `advance` closes it.
     """
@@ -24,15 +26,25 @@ class KeyValueCache:
         return self.memory.nbytes
 
     def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the keys and values (B, H, n, D / H) of the scale being drawn; returns those of all scales so far, as views."""
-        end = self.filled + keys.shape[2]
-        if end > self.memory.shape[4]:
-            raise ValueError(
-                f"the cache has room for {self.memory.shape[4]} tokens and was given {end}; allocate it for the whole schedule"
-            )
+        """Those of all scales so far, and of the one being drawn: (B, H, n, D / H) each.
+
+        They are written, and returned as views; what goes beyond the room is the last scale, whose keys and values are not kept.
+        """
+        end, room = self.filled + keys.shape[2], self.memory.shape[4]
+        if self.filled > room:
+            raise ValueError(f"the cache has room for {room} tokens before the last scale and was given {self.filled}; allocate more")
+        if end > room:
+            earlier = self.memory[block, :, :, :, : self.filled]
+            return torch.cat((earlier[0], keys), 2), torch.cat((earlier[1], values), 2)
         self.memory[block, 0, :, :, self.filled : end] = keys
         self.memory[block, 1, :, :, self.filled : end] = values
         return self.memory[block, 0, :, :, :end], self.memory[block, 1, :, :, :end]
+
+    def only(self, batch: int) -> KeyValueCache:
+        """The same memory, of the first `batch` rows alone."""
+        first = copy(self)
+        first.memory = self.memory[:, :, :batch]
+        return first
 
     def advance(self, tokens: int) -> None:
         """Closes a scale of so many tokens, after the last block has extended it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flexvar import editing
-from flexvar.arguments import is_single, items, seeds_of, whole_number
+from flexvar import editing, labels
+from flexvar.arguments import seeds_of, whole_number
 from flexvar.checkpoint import Defaults, Model, load, save
 from flexvar.data import fitted, upright_rgb
 from flexvar.data.given import GivenPictures
 from flexvar.editing import Edit
 from flexvar.generation import Keep, Step, generate
+from flexvar.labels import Label
 from flexvar.memory import Drawing
 from flexvar.models import model_folder, released_model, write_released
 from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
@@ -31,11 +31,8 @@ from flexvar.sheet import to_pil
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
 
-Label: TypeAlias = int | str | None
 OutputType: TypeAlias = Literal["pil", "np", "pt"]
 Images: TypeAlias = list[Image.Image] | np.ndarray | Tensor
-
-UNCONDITIONAL = "unconditional"
 
 S = TypeVar("S", Guidance, Sampling)
 
@@ -120,7 +117,7 @@ class FlexVARPipeline:
         """
         _check_output_type(output_type)
         listed = _listed(class_labels, edit)
-        labels, seeds = self.labels_of(listed), seeds_of(settings.pop("seed", None), len(listed))
+        indices, seeds = self.labels_of(listed), seeds_of(settings.pop("seed", None), len(listed))
         at_once = len(listed) if batch_size is None else whole_number(batch_size, "batch_size")
         if at_once < 1:
             raise ValueError(f"batch_size is {at_once}; draw at least 1 picture at a time")
@@ -129,7 +126,7 @@ class FlexVARPipeline:
             part = slice(start, start + at_once)
             *_, last = self.stream(listed[part], edit=edit and edit.part(part), seed=seeds[part], **settings)
             drawn.append(last.images.float().cpu())
-        return FlexVAROutput(_as(torch.cat(drawn), output_type), labels, seeds)
+        return FlexVAROutput(_as(torch.cat(drawn), output_type), indices, seeds)
 
     def stream(
         self,
@@ -143,6 +140,7 @@ class FlexVARPipeline:
         guidance_scale: float | None = None,
         guidance: GuidanceKind | None = None,
         split_guidance: bool | None = None,
+        guidance_stop: int | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         temperature: float | None = None,
@@ -155,20 +153,21 @@ class FlexVARPipeline:
         height, width: pixels, multiples of the tokenizer's downsampling; one alone means a square.
         num_inference_steps: scales, at least 2. schedule: the scales themselves, instead of size and steps.
         guidance_scale, guidance: see `Guidance`; 1 switches "ramp" and "constant" off, 0 "official-ramp".
-        split_guidance: draws with and without the class in turn, for less memory.
+        split_guidance: draws with and without the class in turn, for less memory. guidance_stop: scales that are guided, all by default;
+        those behind them cost half.
         top_k, top_p, temperature, greedy: see `Sampling`.
         seed: one a picture, or one integer s for s, s + 1, ...; None draws them.
         Raises ValueError, in one line, for an unknown class, an impossible size or schedule, and settings out of range; MemoryError,
         naming the largest size that fits, where memory runs out.
         """
-        labels = self.labels_of(_listed(class_labels, edit))
+        indices = self.labels_of(_listed(class_labels, edit))
         grids = self.schedule_of(height, width, num_inference_steps, schedule, edit)
-        guiding = self.guidance_of(guidance, guidance_scale, split_guidance)
+        guiding = self.guidance_of(guidance, guidance_scale, split_guidance, guidance_stop)
         choosing = self.sampling_of(top_k, top_p, temperature, greedy)
-        seeds = seeds_of(seed, len(labels))
-        with self._drawing(grids, len(labels), guiding) as drawing:
+        seeds = seeds_of(seed, len(indices))
+        with self._drawing(grids, len(indices), guiding) as drawing:
             keep = None if edit is None else self._keep(edit, grids)
-            steps = generate(self.tokenizer, self.transformer, labels, grids, guidance=guiding, sampling=choosing, keep=keep, seeds=seeds)
+            steps = generate(self.tokenizer, self.transformer, indices, grids, guidance=guiding, sampling=choosing, keep=keep, seeds=seeds)
         return _watched(steps, drawing, edit, len(grids))
 
     # -- editing --
@@ -267,37 +266,22 @@ class FlexVARPipeline:
 
     def labels_of(self, class_labels: Label | Sequence[Label]) -> list[int]:
         """Class indices of names, indices or None. Raises ValueError with the closest names."""
-        return [self._label(label) for label in _listed(class_labels)]
-
-    def _label(self, label: Label) -> int:
-        null_class = self.transformer.config.null_class
-        if label is None or (isinstance(label, str) and label == UNCONDITIONAL):
-            return null_class
-        if isinstance(label, str):
-            if label in self.class_names:
-                return self.class_names.index(label)
-            by_name = {name.casefold(): index for index, name in reversed(list(enumerate(self.class_names)))}
-            if label.casefold() in by_name:
-                return by_name[label.casefold()]
-            if not label.isdecimal():
-                close = difflib.get_close_matches(label.casefold(), by_name, 3, 0.6) or [n for n in by_name if label.casefold() in n][:3]
-                names = [self.class_names[by_name[name]] for name in close]
-                hint = f"did you mean {' or '.join(map(repr, names))}?" if names else "`flexvar info` lists the classes"
-                raise ValueError(f"there is no class {label!r}; {hint}")
-        number = int(label) if isinstance(label, str) else whole_number(label, "a class label")
-        if not 0 <= number < null_class:
-            raise ValueError(f"there is no class {label}; indices go from 0 to {null_class - 1}, and None means no class")
-        return number
+        return [labels.index_of(label, self.class_names, self.transformer.config.null_class) for label in labels.listed(class_labels)]
 
     def class_name(self, label: int) -> str:
         """The name of a class index."""
-        return UNCONDITIONAL if label == self.transformer.config.null_class else self.class_names[label]
+        return labels.name_of(label, self.class_names, self.transformer.config.null_class)
 
     def guidance_of(
-        self, guidance: GuidanceKind | None = None, guidance_scale: float | None = None, split_guidance: bool | None = None, **_: Any
+        self,
+        guidance: GuidanceKind | None = None,
+        guidance_scale: float | None = None,
+        split_guidance: bool | None = None,
+        guidance_stop: int | None = None,
+        **_: Any,
     ) -> Guidance:
         """The guidance that a call's keywords ask for, and the model's default where they do not."""
-        return _replaced(self.defaults.guidance, kind=guidance, scale=guidance_scale, split=split_guidance)
+        return _replaced(self.defaults.guidance, kind=guidance, scale=guidance_scale, split=split_guidance, stop=guidance_stop)
 
     def sampling_of(
         self,
@@ -349,11 +333,9 @@ def _watched(steps: Iterator[Step], drawing: Drawing, edit: Edit | None, count: 
             yield replace(step, decode=drawing(step.decode if edit is None or step.index < count - 1 else edit.finishing(step.decode)))
 
 
-def _listed(class_labels: Any, edit: Edit | None = None) -> list[Any]:
+def _listed(class_labels: Label | Sequence[Label], edit: Edit | None = None) -> list[Any]:
     """One label or several as a list, one for all pictures of an edit; ValueError when there is none, or another number of them."""
-    listed = [class_labels] if is_single(class_labels) else list(items(class_labels))
-    if not listed:
-        raise ValueError("there are no class labels; give one or more, or None for pictures without a class")
+    listed = labels.listed(class_labels)
     if edit is not None and len(listed) == 1:
         return listed * len(edit)
     if edit is not None and len(edit) not in (1, len(listed)):

@@ -29,21 +29,29 @@ class Guidance:
         "official-ramp": w = 1 + scale · i / min(S - 1, 9) at scale i of S, and w = 1 + scale beyond the trained grid: the released
         evaluation's `cfg`, off at 0. It passes 1 + scale when S > 10, as released. A one-scale schedule takes the end value.
     split: draws the two halves of the batch one after the other, for less memory.
+    stop: only so many scales, from the first, are guided; the others are drawn with the class alone and cost half. None guides all.
     """
 
     kind: GuidanceKind = "official-ramp"
     scale: float = 2.5
     split: bool = False
+    stop: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(GuidanceKind):
             raise ValueError(f"no guidance is of kind {self.kind!r}; there are {', '.join(get_args(GuidanceKind))}")
         if not _is_finite(self.scale) or abs(self.scale) > LARGEST_SCALE:
             raise ValueError(f"the guidance scale is {self.scale!r}; give a finite number, 1 (or 0 for the official ramp) switches it off")
+        if self.stop is not None and (type(self.stop) is not int or self.stop < 0):
+            raise ValueError(f"guidance stops after {self.stop!r} scales; give how many are guided, from 0 on, or None for all")
 
     def weights(self, schedule: Iterable[Size], trained_grid: int = 16) -> tuple[float, ...]:
         """w at each scale; 1 means that the unconditional half does not count."""
         sizes = list(schedule)
+        stop = len(sizes) if self.stop is None else self.stop
+        return tuple(weight if i < stop else 1.0 for i, weight in enumerate(self._unstopped(sizes, trained_grid)))
+
+    def _unstopped(self, sizes: Sequence[Size], trained_grid: int) -> tuple[float, ...]:
         last = len(sizes) - 1
         if self.kind == "constant":
             return (self.scale,) * len(sizes)

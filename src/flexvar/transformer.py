@@ -69,6 +69,10 @@ class Condition(NamedTuple):
     blocks: tuple[Tensor, ...]  # a block's modulation, (6, B, 1, D): gains of attention and MLP, scales, shifts
     final: Tensor  # (2, B, 1, D): scale and shift before the head
 
+    def only(self, batch: int) -> Condition:
+        """Of the first `batch` rows alone."""
+        return Condition(self.embedding[:batch], tuple(block[:, :batch] for block in self.blocks), self.final[:, :batch])
+
 
 def normalised(x: Tensor) -> Tensor:
     """Layer normalisation without learned weights."""
@@ -252,9 +256,9 @@ class Transformer(nn.Module):
         return self.read_out(x, condition)  # (B, n, D)
 
     def new_cache(self, batch: int, schedule: ScheduleLike) -> KeyValueCache:
-        """An empty cache for a batch and all scales of a schedule."""
+        """An empty cache for a batch and a schedule."""
         config, weight = self.config, self.head.weight
-        tokens = Schedule.of(schedule).tokens
+        tokens = Schedule.of(schedule).slices[-1].start  # the last scale is read by none
         return KeyValueCache(
             config.depth, batch, config.heads, tokens, config.width // config.heads, dtype=weight.dtype, device=weight.device
         )

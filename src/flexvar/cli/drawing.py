@@ -123,6 +123,7 @@ def settings_of(words: Words) -> dict[str, Any]:
         "guidance_scale": words.guidance_scale,
         "guidance": words.guidance,
         "split_guidance": words.split_guidance or None,
+        "guidance_stop": words.guidance_stop,
         "top_k": words.top_k,
         "top_p": words.top_p,
         "temperature": words.temperature,

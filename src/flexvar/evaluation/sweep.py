@@ -18,7 +18,14 @@ from flexvar.pipeline import FlexVARPipeline
 from flexvar.writing import write_whole
 
 TIMED = 3  # batches
-SWEPT = {"num_inference_steps": "steps", "guidance_scale": "guidance", "schedule": "schedule", "top_k": "top-k", "top_p": "top-p"}
+SWEPT = {
+    "num_inference_steps": "steps",
+    "schedule": "schedule",
+    "guidance_scale": "guidance",
+    "guidance_stop": "guided scales",
+    "top_k": "top-k",
+    "top_p": "top-p",
+}
 """What may be swept, by the pipeline's keywords, and what a table calls it."""
 
 

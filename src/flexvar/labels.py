@@ -1,0 +1,50 @@
+"""What people call classes: names or indices, or nothing for no class."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from flexvar.arguments import is_single, items, whole_number
+
+Label: TypeAlias = int | str | None
+
+UNCONDITIONAL = "unconditional"
+
+
+def listed(class_labels: Label | Sequence[Label]) -> list[Any]:
+    """One label or several as a list. ValueError when there is none."""
+    labels = [class_labels] if is_single(class_labels) else list(items(class_labels))
+    if not labels:
+        raise ValueError("there are no class labels; give one or more, or None for pictures without a class")
+    return labels
+
+
+def index_of(label: Label, names: Sequence[str], null_class: int) -> int:
+    """The index of a class: by its name in any case, as a number or its digits; the null class for None and "unconditional".
+
+    Raises ValueError with the closest names.
+    """
+    if label is None or (isinstance(label, str) and label == UNCONDITIONAL):
+        return null_class
+    if isinstance(label, str):
+        if label in names:
+            return names.index(label)
+        by_name = {name.casefold(): index for index, name in reversed(list(enumerate(names)))}
+        if label.casefold() in by_name:
+            return by_name[label.casefold()]
+        if not label.isdecimal():
+            close = difflib.get_close_matches(label.casefold(), by_name, 3, 0.6) or [n for n in by_name if label.casefold() in n][:3]
+            nearest = [names[by_name[name]] for name in close]
+            hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else "`flexvar info` lists the classes"
+            raise ValueError(f"there is no class {label!r}; {hint}")
+    number = int(label) if isinstance(label, str) else whole_number(label, "a class label")
+    if not 0 <= number < null_class:
+        raise ValueError(f"there is no class {label}; indices go from 0 to {null_class - 1}, and None means no class")
+    return number
+
+
+def name_of(index: int, names: Sequence[str], null_class: int) -> str:
+    """The name of a class, or "unconditional"."""
+    return UNCONDITIONAL if index == null_class else names[index]
