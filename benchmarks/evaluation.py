@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.speed import disturbed
 from flexvar import FlexVARPipeline
 from flexvar.evaluation import DrawnPictures, Features
-from flexvar.evaluation.extraction import features_beside
+from flexvar.evaluation.extraction import extract_beside
 from flexvar.evaluation.inception import Inception
 from flexvar.evaluation.metrics import (
     density_coverage,
@@ -131,7 +131,7 @@ def overlap(repeats: int) -> int:
             extract(batch)
 
     def side_by_side() -> None:
-        features_beside(pictures.batches(range(len(pictures))), extract)
+        list(extract_beside(pictures.batches(range(len(pictures))), extract))
 
     taken: dict[str, list[float]] = {"in turn": [], "side by side": []}
     for _ in range(repeats):

@@ -18,7 +18,7 @@ from flexvar import FlexVARPipeline, Guidance, Sampling, Tokenizer, Transformer
 from flexvar.checkpoint import Defaults, Model, save
 from flexvar.cli import main
 from flexvar.data import Shapes, write_pictures
-from flexvar.evaluation import DrawnPictures, evaluate, extraction, load_extractor, metrics, open_pictures, stored
+from flexvar.evaluation import DrawnPictures, evaluate, extraction, load_extractor, metrics, open_pictures, stored, sweep
 from flexvar.evaluation.extraction import FeatureStore, extract, joined
 from flexvar.evaluation.references import read_reference, write_reference
 from flexvar.evaluation.scores import caveats
@@ -72,20 +72,22 @@ def test_an_npz_is_read_part_by_part(write, tmp_path: Path, monkeypatch: pytest.
     pixels = np.random.default_rng(0).integers(0, 256, (11, 8, 12, 3), np.uint8)
     write(tmp_path / "x.npz", pixels)
     pictures = open_pictures(tmp_path / "x.npz")
-    assert (len(pictures), pictures.size, pictures.class_counts) == (11, (8, 12), None)
+    assert (len(pictures), pictures.size, pictures.labels) == (11, (8, 12), None)
     for part in (range(11), range(3, 9), range(10, 11)):
         batches = list(pictures.batches(part))
         assert [len(batch) for batch in batches[:-1]] == [4] * (len(batches) - 1)
         assert np.array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), pixels[part.start : part.stop])
 
 
-def test_a_folder_is_read_in_the_order_of_its_paths(folder: Path) -> None:
+def test_a_folder_is_read_class_by_class_in_turn(folder: Path) -> None:
     pictures = open_pictures(folder)
     assert pictures.size == (32, 32)
-    assert set(pictures.class_counts.values()) == {6}
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert pictures.labels == classes * 6  # in turn, so that every part is balanced
     assert pictures.caveats == []
-    (batch,) = pictures.batches(range(5, 7))
-    for pixels, path in zip(batch, sorted(folder.rglob("*.png"))[5:7], strict=True):
+    (batch,) = pictures.batches(range(len(classes) + 1, len(classes) + 3))
+    for pixels, name in zip(batch, classes[1:3], strict=True):
+        path = sorted((folder / name).iterdir())[1]
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(Image.open(path)))
 
 
@@ -162,7 +164,7 @@ def test_a_folder_of_mixed_sizes_is_refused_and_names_two(folder: Path, tmp_path
         open_pictures(tmp_path / "nothing")
 
 
-def test_jpeg_and_unbalanced_classes_are_said(folder: Path, tmp_path: Path) -> None:
+def test_jpeg_and_unbalanced_classes_are_said(tmp_path: Path) -> None:
     for i, name in enumerate(("a/1.jpg", "a/2.png", "b/1.png")):
         path = tmp_path / "own" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +210,6 @@ def test_a_reference_of_a_folder_is_one_of_adms(folder: Path, tmp_path: Path, ca
 def test_pictures_of_a_reference_are_read_once(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = load_extractor("classifier")
     first = read_reference(folder, extractor)
-    monkeypatch.setattr(extraction, "extract", lambda *_, **__: pytest.fail("read again"))
     monkeypatch.setattr(stored.FolderPictures, "batches", lambda *_: pytest.fail("read again"))
     second = read_reference(folder, extractor)
     assert torch.equal(first.pool, second.pool)
@@ -256,6 +257,16 @@ def test_another_size_is_refused_before_anything_is_drawn(model: Path, npz: Path
     assert not [path for path in tmp_path.iterdir() if path != npz]
 
 
+def test_the_order_of_the_classes_does_not_change_the_interval(folder: Path, npz: Path, tmp_path: Path) -> None:
+    paths = sorted(folder.rglob("*.png"))  # class by class; the folder itself is read with the classes in turn
+    np.savez(tmp_path / "sorted.npz", np.stack([np.asarray(Image.open(path)) for path in paths]), np.repeat(np.arange(10), 6))
+    extractor, intervals = load_extractor("classifier"), []
+    for source in (folder, tmp_path / "sorted.npz"):
+        report = evaluate(open_pictures(source), npz, extractor, tmp_path / "scores.json", intervals=True, overwrite=True)
+        intervals.append(report.intervals["fid"])
+    assert intervals[0] == pytest.approx(intervals[1], rel=1e-4)
+
+
 # -- models --
 
 
@@ -276,7 +287,10 @@ def test_a_model_is_scored_with_all_that_determines_it(model: Path, folder: Path
     assert "top_k=20" in samples["sampling"]
     assert samples["class counts"] == dict.fromkeys(CLASSES, 4)
     assert report["extractor"]["name"] == "classifier"
-    assert {"flexvar", "torch", "numpy", "pillow", "python"} <= set(report["versions"])
+    assert {"flexvar", "torch", "numpy", "pillow", "python", "device"} <= set(report["machine"])
+    assert report["reference"]["moments"] == "made of its pictures"
+    assert report["method"]["precision and recall k"] == 3
+    assert np.array_equal(np.load(tmp_path / "drawn.npz")["arr_1"], np.arange(20) % 5)
     assert report["intervals"]["fid"][0] <= report["scores"]["fid"] <= report["intervals"]["fid"][1]
     assert [path.name for path in tmp_path.glob("*.unfinished")] == []
 
@@ -330,9 +344,9 @@ def test_any_number_of_processes_draws_the_same(model: Path, tmp_path: Path, mon
     extractor, results = load_extractor("classifier"), []
     for processes in (1, 2, 3):
         pictures = DrawnPictures(FlexVARPipeline.from_pretrained(model), str(model), 2)
-        store = FeatureStore(tmp_path / f"{processes}", len(pictures), pictures.about())
+        store = FeatureStore(tmp_path / f"{processes}", len(pictures), pictures.about)
         for rank in range(processes):
-            extract(pictures, extractor, store, share=(rank, processes))
+            extract(pictures, extractor, store, rank=rank, world=processes)
         results.append(store.read().pool)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -341,7 +355,7 @@ def test_any_number_of_processes_draws_the_same(model: Path, tmp_path: Path, mon
 @pytest.mark.slow
 def test_torchrun_gives_the_same_scores(model: Path, folder: Path, tmp_path: Path, cache: Path) -> None:
     words = ["-m", "flexvar", "evaluate", "model", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "60"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     runs = {"one": [sys.executable], "two": [sys.executable, *torchrun]}
     for name, run in runs.items():
         subprocess.run([*run, *words, "--out", str(tmp_path / f"{name}.json")], check=True, capture_output=True)
@@ -356,6 +370,42 @@ def test_a_broken_model_is_told(model: Path, folder: Path, tmp_path: Path) -> No
         pipe.tokenizer.after_codes.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="drew pictures that are not finite"):
         evaluate(DrawnPictures(pipe, str(model), 3), folder, load_extractor("classifier"), tmp_path / "scores.json")
+
+
+def test_a_folder_of_files_that_is_not_empty_is_kept(model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "png").mkdir()
+    for name in ("000030.png", "mine.png"):
+        (tmp_path / "png" / name).touch()
+    words = ["evaluate", "model", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "2"]
+    words += ["--out", str(tmp_path / "scores.json"), "--save-png", str(tmp_path / "png")]
+    assert main(words) == 2
+    assert "png is not empty" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    assert {path.name for path in (tmp_path / "png").iterdir()} == {"mine.png", *(f"{i:06d}.png" for i in range(10))}
+
+
+def test_processes_that_share_no_folder_are_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="all processes must share the folder"):
+        FeatureStore(tmp_path / "elsewhere", 3, {}, begin=False)
+
+
+def test_a_damaged_piece_is_told(folder: Path, cache: Path) -> None:
+    read_reference(folder, load_extractor("classifier"))
+    piece = next((cache / "features").rglob("piece-*"))
+    piece.write_bytes(piece.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"piece-00000.* is damaged .*; delete it and run the command again"):
+        read_reference(folder, load_extractor("classifier"))
+
+
+def test_a_picture_turned_by_its_exif_tag_has_the_size_that_is_seen(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (40, 32))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.png", exif=exif)
+    Image.new("RGB", (32, 40)).save(tmp_path / "b.png")
+    pictures = open_pictures(tmp_path)
+    assert pictures.size == (40, 32)
+    assert next(pictures.batches(range(2))).shape == (2, 3, 40, 32)
 
 
 def test_too_few_pictures(npz: Path, folder: Path, tmp_path: Path) -> None:
@@ -382,10 +432,17 @@ def test_a_sweep_scores_the_grid_and_goes_on(model: Path, folder: Path, tmp_path
     alone = tmp_path / "alone.json"
     point = ["evaluate", "model", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "4"]
     assert main([*point, "--steps", "4", "--guidance-scale", "3", "--out", str(alone)]) == 0
-    trial = json.loads((tmp_path / "sweep" / "steps-4--guidance-3.0.trial.json").read_text())
+    trial = json.loads((tmp_path / "sweep" / "steps-4-guidance-3.0.trial.json").read_text())
     assert trial["fid"] == pytest.approx(json.loads(alone.read_text())["scores"]["fid"], rel=1e-6)
-    monkeypatch.setattr("flexvar.evaluation.sweep.evaluate", lambda *_, **__: pytest.fail("scored again"))
+    scored = []
+    evaluate_ = sweep.evaluate
+    monkeypatch.setattr(sweep, "evaluate", lambda *given, **named: (scored.append(given), evaluate_(*given, **named))[1])
     assert main(words) == 0
+    assert not scored
+    other = tmp_path / "other"
+    write_pictures(Shapes(views=6), other, count_per_class=6, size=(32, 32), seed=2)
+    assert main([str(other) if word == str(folder) else word for word in words]) == 0  # another reference: nothing is taken over
+    assert len(scored) == 4
 
 
 def test_the_best_trial_and_the_fastest_of_its_equals() -> None:

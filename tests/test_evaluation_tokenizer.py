@@ -61,6 +61,11 @@ def rows(table: str) -> dict[str, list[str]]:
     return {"": first.split()} | {"x".join(line.split()[:3:2]): line.split()[6:] for line in lines}
 
 
+def dealt(folder: Path) -> list[Path]:
+    """Its pictures in the order in which they are read: the classes in turn."""
+    return sorted(folder.rglob("*.png"), key=lambda path: (path.name, path.relative_to(folder).parts[0]))
+
+
 def test_two_sizes_of_the_bundled_model(folder: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "new" / "scores.json"
     report = evaluated(out, "emoji", folder, "--sizes", "64", "40x72", "--extractor", "classifier", "--batch", "7")
@@ -79,7 +84,7 @@ def test_two_sizes_of_the_bundled_model(folder: Path, tmp_path: Path, capsys) ->
             assert scale["use"] <= size["use of all scales"] <= 1
     # The last scale is what the pipeline's own reconstruction gives.
     pipe = FlexVARPipeline.from_pretrained("emoji")
-    pictures = [Image.open(path) for path in sorted(folder.rglob("*.png"))]
+    pictures = [Image.open(path) for path in dealt(folder)]
     for height, width, figures in ((64, 64, square["scales"][-1]), (40, 72, oblong["scales"][-1])):
         decibels, distances = [], []
         for picture in pictures:
@@ -93,7 +98,7 @@ def test_two_sizes_of_the_bundled_model(folder: Path, tmp_path: Path, capsys) ->
     assert report["tokenizer"]["sha256"] == sha256(model_folder("emoji") / "tokenizer.safetensors")
     assert report["pictures"] | {"sha256": ""} == {"pictures": "shapes", "sha256": "", "count": COUNT}
     assert report["extractor"]["name"] == "classifier"
-    assert {"flexvar", "torch", "python"} <= set(report["versions"])
+    assert {"flexvar", "torch", "python"} <= set(report["machine"])
     assert report["lpips"] is None
     assert len(report["caveats"]) == 2
     assert "NOT comparable" in printed.out
@@ -118,7 +123,7 @@ def fitted_by_hand(picture: Image.Image, height: int, width: int) -> np.ndarray:
 def test_rfid_is_the_distance_of_saved_pictures(folder: Path, tmp_path: Path) -> None:
     """Of the pictures that a scale decodes from those that it should, both as a PNG would hold them."""
     report = evaluated(tmp_path / "scores.json", "emoji", folder, "--sizes", 64, "--schedule", "1,6,8", "--extractor", "classifier")
-    originals = [np.asarray(Image.open(path))[:, 4:68] for path in sorted(folder.rglob("*.png"))]  # 64 x 72 cropped to 64 x 64
+    originals = [np.asarray(Image.open(path))[:, 4:68] for path in dealt(folder)]  # 64 x 72 cropped to 64 x 64
     images = torch.from_numpy(np.stack(originals)).permute(0, 3, 1, 2) / 127.5 - 1
     made = list(rebuilt_by_scale(load(model_folder("emoji")).tokenizer, images, Schedule.square([1, 6, 8])))
     for scale, (codes, rebuilt, target) in zip(report["sizes"][0]["scales"][1:], made[1:], strict=True):
@@ -134,7 +139,7 @@ def test_rfid_is_the_distance_of_saved_pictures(folder: Path, tmp_path: Path) ->
 
 def test_an_npz_a_tokenizer_alone_and_the_batch(small_model: str, folder: Path, tmp_path: Path) -> None:
     """The same pictures from a folder or an .npz, in batches of any size, give the same figures."""
-    pixels = [np.asarray(Image.open(path))[:, 4:68] for path in sorted(folder.rglob("*.png"))]
+    pixels = [np.asarray(Image.open(path))[:, 4:68] for path in dealt(folder)]
     np.savez(tmp_path / "shapes.npz", arr_0=np.stack(pixels))
     words = ["--extractor", "none", "--steps", "3"]
     one = evaluated(tmp_path / "one.json", small_model, tmp_path / "shapes.npz", *words)
@@ -153,7 +158,7 @@ def test_some_of_the_pictures(small_model: str, folder: Path, tmp_path: Path, ca
     """Evenly chosen, at the model's own size; as if the others were not there."""
     some = tmp_path / "some"
     some.mkdir()
-    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+    for number, path in enumerate(dealt(folder)):
         if number in (0, 6, 13):
             shutil.copy(path, some / f"{number:02d}.png")
     one = evaluated(tmp_path / "one.json", small_model, folder, "--count", "3", "--extractor", "none")
@@ -176,7 +181,7 @@ def test_lpips_of_scales_that_are_large_enough(small_model: str, folder: Path, t
     assert report["lpips"] == {"vgg sha256": sha256(files[0]), "linear sha256": sha256(files[1])}
     small, large = report["sizes"][0]["scales"]
     assert "lpips" not in small  # 8 px
-    paths = sorted(folder.rglob("*.png"))
+    paths = dealt(folder)
     images = torch.stack([torch.tensor(fitted_by_hand(Image.open(path), 16, 16)).permute(2, 0, 1) for path in (paths[0], paths[10])])
     ((_, rebuilt, target),) = rebuilt_by_scale(load(small_model).tokenizer, images * 2 - 1, Schedule.square([4]))
     assert large["lpips"] == pytest.approx(load_lpips(*files)(rebuilt.clamp(-1, 1), target).mean().item(), rel=1e-3)

@@ -147,8 +147,10 @@ def device_of(name: str | None) -> Any:
 
     from flexvar.processes import pick_device
 
-    if name is None:
-        return pick_device()
+    if name in (None, "cuda"):
+        device = pick_device()  # of several processes each has its own
+        if name is None or device.type == "cuda":
+            return device
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()

@@ -4,49 +4,57 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flexvar.evaluation.extractors import Extractor, Features
+from flexvar.evaluation.report import read_json, write_json
 from flexvar.evaluation.stored import PictureSet
 from flexvar.progress import progress
 from flexvar.writing import write_whole
 
 PIECE = 250  # pictures; a kill loses at most so many a process
+VERSION = 1  # of the features; a change in how they are made changes it
 ABOUT = "about.json"
 PIXELS = "pictures"
+OUTSTANDING = 2  # batches that wait for the extractor while the next one is drawn
 
 
 class FeatureStore:
     """Features of one set of pictures, in files of PIECE pictures each, with all that determines them beside.
 
     about: anything that JSON can hold. A folder that holds features of something else is a FileExistsError that names the difference,
-    unless `overwrite` is set.
+    unless `overwrite` is set. begin: False for processes that open what the first one began; FileNotFoundError where they do not see it.
     """
 
-    def __init__(self, folder: Path, count: int, about: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(self, folder: Path, count: int, about: Mapping[str, Any], *, overwrite: bool = False, begin: bool = True) -> None:
         self.folder, self._count = folder, count
-        about = json.loads(json.dumps(dict(about)))
+        about = json.loads(json.dumps({**about, "features": VERSION, "pictures a piece": PIECE}))
         path = folder / ABOUT
-        if path.is_file() and not overwrite:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if different := [name for name in {**before, **about} if before.get(name) != about.get(name)]:
-                name = different[0]
-                was, now = (json.dumps(side.get(name), ensure_ascii=False) for side in (before, about))
-                raise FileExistsError(
-                    f"{folder} holds unfinished work with other settings ({name}: {was}, not {now}); add --overwrite, or use another --out"
-                )
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_whole(path, lambda beside: beside.write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8"))
+        if not path.is_file() and not begin:
+            raise FileNotFoundError(f"this process sees no {path}; all processes must share the folder of --out")
+        before = read_json(path) if path.is_file() else {}
+        different = [name for name in {**before, **about} if before.get(name) != about.get(name)]
+        if before and different and not overwrite:
+            was, now = (json.dumps(side.get(different[0]), ensure_ascii=False) for side in (before, about))
+            raise FileExistsError(
+                f"{folder} holds unfinished work with other settings ({different[0]}: {was}, not {now}); "
+                "add --overwrite, or use another --out"
+            )
+        if before and different:
+            shutil.rmtree(folder)
+        if different:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, about)
 
     def parts(self) -> list[range]:
         """The pictures of each piece."""
@@ -62,13 +70,21 @@ class FeatureStore:
         tensors |= {} if pixels is None else {PIXELS: pixels.contiguous()}
         write_whole(self._path(part), lambda beside: save_file(tensors, beside))
 
+    def pieces(self) -> Iterator[Features]:
+        """The features of one piece after the other. ValueError for a damaged one, FileNotFoundError for a missing one."""
+        for part in self.parts():
+            tensors = self._tensors(part, "pool", "spatial", "logits")
+            if "pool" not in tensors or len(tensors["pool"]) != len(part):
+                raise ValueError(f"{self._path(part)} does not hold {len(part)} pictures; delete it and run the command again")
+            yield Features(tensors["pool"], tensors.get("spatial"), tensors.get("logits"))
+
     def read(self) -> Features:
         """The features of all pictures, in order."""
-        return joined([Features(piece["pool"], piece.get("spatial"), piece.get("logits")) for piece in self._pieces()])
+        return joined(list(self.pieces()))
 
     def pixels(self) -> Iterator[Tensor]:
         """The pictures of all pieces, if they were kept."""
-        return (piece[PIXELS] for piece in self._pieces())
+        return (self._tensors(part, PIXELS)[PIXELS] for part in self.parts())
 
     def remove(self) -> None:
         """Deletes all of it."""
@@ -77,12 +93,14 @@ class FeatureStore:
     def _path(self, part: range) -> Path:
         return self.folder / f"piece-{part.start // PIECE:05d}.safetensors"
 
-    def _pieces(self) -> Iterator[dict[str, Tensor]]:
-        for part in self.parts():
-            try:
-                yield load_file(self._path(part))
-            except SafetensorError as error:
-                raise ValueError(f"{self._path(part)} is damaged ({error}); delete it and run the command again") from error
+    def _tensors(self, part: range, *names: str) -> dict[str, Tensor]:
+        """Those of some tensors that a piece has."""
+        path = self._path(part)
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run the command again") from error
 
 
 def joined(parts: list[Features]) -> Features:
@@ -94,26 +112,50 @@ def joined(parts: list[Features]) -> Features:
 
 
 def extract(
-    pictures: PictureSet, extractor: Extractor, store: FeatureStore, *, share: tuple[int, int] = (0, 1), keep_pixels: bool = False
+    pictures: PictureSet,
+    extractor: Extractor,
+    store: FeatureStore,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    keep_pixels: bool = False,
+    pngs: Path | None = None,
 ) -> None:
-    """Fills a store with the features of pictures: of all of them, or of this process's share (its number, how many there are)."""
-    rank, processes = share
-    own = [part for part in store.missing() if (part.start // PIECE) % processes == rank]
-    for part in progress(own, f"pictures, {PIECE} at a time"):
-        pixels: list[Tensor] | None = [] if keep_pixels else None
-        features = features_beside(pictures.batches(part), extractor, pixels)
-        store.write(part, features, torch.cat(pixels) if pixels else None)
+    """Fills a store with the features of pictures; of several processes, `world` in all, each takes its share.
 
-
-def features_beside(batches: Iterable[Tensor], extract: Callable[[Tensor], Features], pixels: list[Tensor] | None = None) -> Features:
-    """The features of some batches; each is read by the extractor while the next one is drawn or comes from disk.
-
-    pixels: a list that also gets the batches.
+    pngs: a folder that also gets each picture as a file, numbered from 0.
     """
-    waiting = []
+    own = [part for part in store.missing() if (part.start // PIECE) % world == rank]
+    for part in progress(own, f"pictures, {PIECE} at a time"):
+        batches = extract_beside(pictures.batches(part), extractor, pngs, part.start)
+        pixels, features = zip(*batches, strict=True)
+        store.write(part, joined(list(features)), torch.cat(pixels) if keep_pixels else None)
+
+
+def extract_beside(
+    batches: Iterator[Tensor], extract: Callable[[Tensor], Features], pngs: Path | None = None, start: int = 0
+) -> Iterator[tuple[Tensor, Features]]:
+    """Each batch with its features, which are made (and its files written) while the next one is drawn or comes from disk."""
+
+    def work(batch: Tensor, place: int) -> tuple[Tensor, Features]:
+        if pngs is not None:
+            _save(batch, pngs, place)
+        return batch, extract(batch)
+
+    waiting: list[Future[tuple[Tensor, Features]]] = []
     with ThreadPoolExecutor(1) as beside:
-        for batch in batches:
-            waiting.append(beside.submit(extract, batch))
-            if pixels is not None:
-                pixels.append(batch)
-    return joined([future.result() for future in waiting])
+        try:
+            for batch in batches:
+                waiting.append(beside.submit(work, batch, start))
+                start += len(batch)
+                if len(waiting) > OUTSTANDING:
+                    yield waiting.pop(0).result()
+            yield from (future.result() for future in waiting)
+        finally:
+            beside.shutdown(wait=True, cancel_futures=True)
+
+
+def _save(batch: Tensor, folder: Path, start: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, pixels in enumerate(batch.permute(0, 2, 3, 1).contiguous().numpy(), start):
+        write_whole(folder / f"{place:06d}.png", partial(Image.fromarray(pixels).save, format="PNG"))

@@ -23,7 +23,7 @@ ROWS = 2048
 ROUNDING = 128
 """Squared distances below so many rounding steps of a point's squared norm count as 0; between equal points, 95 have been seen."""
 
-NORMAL_95 = 1.96  # standard errors on either side
+NORMAL_95 = 1.959964  # standard errors on either side
 
 
 # -- Fréchet distance --
@@ -55,8 +55,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 def frechet_interval(features: Array, mu: np.ndarray, sigma: np.ndarray, blocks: int = 20) -> tuple[float, float]:
     """The 95 % interval of the Fréchet distance from features to (mu, sigma), by leaving out one block of pictures after the other.
 
-    Block b is rows b, b + blocks, ..., so that pictures sorted by class leave every block balanced. It tells how far chance moves the
-    distance at this N; the bias, by which few pictures have a larger distance than many, is still in it.
+    Block b is rows b, b + blocks, ...: rows sorted by class make all blocks alike, rows in which the classes come in turn need not. It
+    tells how far chance moves the distance at this N; the bias, by which few pictures have a larger distance than many, is still in it.
     """
     if blocks < 2:
         raise ValueError(f"blocks is {blocks}; leaving out one after the other needs at least 2")
@@ -65,8 +65,20 @@ def frechet_interval(features: Array, mu: np.ndarray, sigma: np.ndarray, blocks:
     left = (everything.without(_gathered(rows[block::blocks], everything.shift)) for block in range(blocks))
     distances = [frechet_distance(*rest.moments(), mu, sigma) for rest in left]
     distance = frechet_distance(*everything.moments(), mu, sigma)
-    error = math.sqrt((blocks - 1) * np.var(distances))  # the delete-one jackknife
-    return max(0.0, distance - NORMAL_95 * error), distance + NORMAL_95 * error
+    reach = student_95(blocks - 1) * math.sqrt((blocks - 1) * np.var(distances))  # the delete-one jackknife
+    return max(0.0, distance - reach), distance + reach
+
+
+def student_95(degrees: int) -> float:
+    """How many standard errors a 95 % interval reaches on either side, by so many degrees of freedom (Abramowitz and Stegun 26.7.5)."""
+    z = NORMAL_95
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / degrees**power for power, term in enumerate(terms))
 
 
 @dataclass

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flexvar.evaluation.extraction import FeatureStore, extract
 from flexvar.evaluation.extractors import Extractor, Features
-from flexvar.evaluation.metrics import frechet_distance, moments
+from flexvar.evaluation.metrics import RunningMoments, frechet_distance, moments
 from flexvar.evaluation.stored import PICTURES, PictureSet, array_names, open_npz, open_pictures, read_array, write_npz
 from flexvar.schedule import Size
 from flexvar.zoo import cache_folder, sha256
@@ -18,6 +19,7 @@ from flexvar.zoo import cache_folder, sha256
 Moments = tuple[np.ndarray, np.ndarray]
 
 EXTRACTOR = "extractor"  # our own array: the sha256 of what made the moments
+TOO_FEW = "{} holds a single picture; a reference needs at least 2, and 10,000 to mean something"
 SHIFTED = 3.0  # see `_shift`; 1 is expected
 
 
@@ -31,6 +33,7 @@ class Reference:
     spatial: Moments | None = None
     pool: Tensor | None = None  # (N, F), of the pictures; None where only moments are known
     size: Size | None = None  # (height, width) of the pictures
+    stored: bool = True  # whether the moments were read from the file, not made of its pictures
     notes: list[str] = field(default_factory=list)  # what a reader of the scores should know
 
 
@@ -46,21 +49,35 @@ def read_reference(path: Path | str, extractor: Extractor) -> Reference:
     if names and PICTURES not in names:
         if "pool" not in stored:
             raise ValueError(f"{path} is no reference: it holds {', '.join(names)}, but neither mu and sigma nor {PICTURES}")
-        return Reference(path.name, sha256(path), stored["pool"], stored.get("spatial"), notes=["the reference has no pictures"])
+        notes = ["the reference has moments alone: no precision and recall, and nothing tells which extractor made it"]
+        return Reference(path.name, sha256(path), stored["pool"], stored.get("spatial"), notes=notes)
     pictures = open_pictures(path)
-    about = pictures.about()
-    features = _cached(pictures, extractor, about["sha256"])
+    check_widths(path.name, stored, extractor, pictures.size)
+    features = _cached(pictures, extractor).read()
     made = _moments_of(features, path)
-    if "pool" in stored and len(stored["pool"][0]) != features.pool.shape[1]:
-        raise ValueError(
-            f"the moments in {path} are of {len(stored['pool'][0])} features, {extractor.name} gives {features.pool.shape[1]}; "
-            "take the extractor that made them"
-        )
     notes = [*pictures.caveats, *([_disagreement(stored["pool"], made["pool"], len(pictures))] if "pool" in stored else [])]
     used = {**made, **stored}
     return Reference(
-        path.name, about["sha256"], used["pool"], used.get("spatial"), features.pool, pictures.size, [note for note in notes if note]
+        path.name,
+        pictures.about["sha256"],
+        used["pool"],
+        used.get("spatial"),
+        features.pool,
+        pictures.size,
+        "pool" in stored,
+        [note for note in notes if note],
     )
+
+
+def check_widths(name: str, moments: dict[str, Moments], extractor: Extractor, size: Size) -> None:
+    """Raises ValueError where moments ("pool", "spatial") have another width than the features of pictures of a size."""
+    blank = extractor(torch.zeros(1, 3, *size, dtype=torch.uint8))
+    for kind, (mu, _) in moments.items():
+        features = getattr(blank, kind)
+        if features is not None and features.shape[1] != len(mu):
+            raise ValueError(
+                f"{name} is of {len(mu)} features, {extractor.name} gives {features.shape[1]}; take the extractor that made it"
+            )
 
 
 def write_reference(
@@ -76,11 +93,17 @@ def write_reference(
     if keep < 1:
         raise ValueError(f"{keep} pictures are to be kept; keep at least 1")
     pictures = open_pictures(folder, size)
-    made = _moments_of(_cached(pictures, extractor, pictures.about()["sha256"]), folder)
+    pool, spatial = RunningMoments(), RunningMoments()
+    for piece in _cached(pictures, extractor).pieces():  # those of ImageNet would not fit into memory together
+        pool.add(piece.pool)
+        if piece.spatial is not None:
+            spatial.add(piece.spatial)
+    if pool.count < 2:
+        raise ValueError(TOO_FEW.format(folder))
     chosen = np.unique(np.linspace(0, len(pictures) - 1, min(keep, len(pictures))).round().astype(int)).tolist()
-    arrays = {"mu": made["pool"][0], "sigma": made["pool"][1], EXTRACTOR: np.array(extractor.sha256)}
-    if "spatial" in made:
-        arrays |= {"mu_s": made["spatial"][0], "sigma_s": made["spatial"][1]}
+    arrays = dict(zip(("mu", "sigma"), pool.moments(), strict=True)) | {EXTRACTOR: np.array(extractor.sha256)}
+    if spatial.count:
+        arrays |= dict(zip(("mu_s", "sigma_s"), spatial.moments(), strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
     single = (batch for index in chosen for batch in pictures.batches(range(index, index + 1)))
     write_npz(out, arrays, len(chosen), pictures.size, single)
@@ -95,16 +118,18 @@ def moments_of(features: Features) -> dict[str, Moments]:
 
 def _moments_of(features: Features, path: Path | str) -> dict[str, Moments]:
     if len(features.pool) < 2:
-        raise ValueError(f"{path} holds a single picture; a reference needs at least 2, and 10,000 to mean something")
+        raise ValueError(TOO_FEW.format(path))
     return moments_of(features)
 
 
-def _cached(pictures: PictureSet, extractor: Extractor, digest: str) -> Features:
-    """The features of pictures, from the cache folder if they were made before."""
+def _cached(pictures: PictureSet, extractor: Extractor) -> FeatureStore:
+    """The features of pictures, in the cache folder, where those that were made before still lie."""
+    digest = pictures.about["sha256"]
     key = f"{digest[:16]}-{extractor.sha256[:16]}" + "".join(f"-{side}" for side in pictures.size)
-    store = FeatureStore(cache_folder() / "features" / key, len(pictures), {"pictures": digest, "extractor": extractor.sha256})
+    about = {"pictures": digest, "extractor": extractor.sha256}
+    store = FeatureStore(cache_folder() / "features" / key, len(pictures), about, overwrite=True)
     extract(pictures, extractor, store)
-    return store.read()
+    return store
 
 
 def _stored_moments(path: Path, extractor: Extractor) -> tuple[dict[str, Moments], list[str]]:

@@ -2,64 +2,90 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from flexvar.evaluation.extraction import FeatureStore, extract
 from flexvar.evaluation.extractors import Extractor
-from flexvar.evaluation.references import read_reference
-from flexvar.evaluation.scores import Report, check_sizes, score
-from flexvar.evaluation.stored import PictureSet, write_npz
+from flexvar.evaluation.references import Reference, check_widths, read_reference
+from flexvar.evaluation.report import machine
+from flexvar.evaluation.scores import Report, check, score
+from flexvar.evaluation.stored import CLASSES, PictureSet, write_npz
 
 
 def evaluate(
     pictures: PictureSet,
-    reference: Path | str,
+    reference: Reference | Path | str,
     extractor: Extractor,
     out: Path,
     *,
     intervals: bool = False,
     npz: Path | None = None,
+    pngs: Path | None = None,
     overwrite: bool = False,
-    share: tuple[int, int] = (0, 1),
 ) -> Report | None:
     """Scores pictures and writes the report to `out`, a .json file; goes on where an interrupted evaluation of the same pictures stopped.
 
-    npz: a file that also gets the pictures, in ADM's layout. share: this process's number and how many there are; every one but the
-    first gives None. What is unfinished lies in a folder beside `out`, which is removed at the end.
-    Raises FileExistsError where `out` or `npz` exists and `overwrite` is not set; else see `read_reference` and `score`.
+    npz: a file that also gets the pictures, in ADM's layout. pngs: a folder that also gets each as a file, numbered from 0.
+    Of several processes (torch.distributed) each makes its share, and all but the first give None. What is unfinished lies in a folder
+    beside `out`, which is removed at the end.
+    Raises FileExistsError where something is there already and `overwrite` is not set; else see `read_reference` and `score`.
     """
-    first = share[0] == 0
-    if first:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    folder = out.with_name(f"{out.name}.unfinished")
+    about = {
+        "samples": json.loads(json.dumps(pictures.about)),
+        "extractor": extractor.sha256,
+        "machine": machine(extractor.device),
+        "pictures kept": npz is not None,
+        "files": None if pngs is None else str(pngs),
+    }
+    if rank == 0:
         for path in (out, npz):
             if path is not None and path.exists() and not overwrite:
                 raise FileExistsError(f"{path} exists; choose another file, or add --overwrite")
-        against = read_reference(reference, extractor)
-        check_sizes(pictures, against)
-    about = {"samples": pictures.about(), "extractor": extractor.sha256, "pictures kept": npz is not None}
-    folder = unfinished(out)
-    if first:
+        if pngs is not None and not folder.exists():
+            _clear(pngs, overwrite)
+        against = reference if isinstance(reference, Reference) else read_reference(reference, extractor)
+        check(pictures, against)
+        check_widths(against.name, {"pool": against.moments}, extractor, pictures.size)
         store = FeatureStore(folder, len(pictures), about, overwrite=overwrite)
     _wait()
-    if not first:
-        store = FeatureStore(folder, len(pictures), about)
-    extract(pictures, extractor, store, share=share, keep_pixels=npz is not None)
+    if rank > 0:
+        store = FeatureStore(folder, len(pictures), about, begin=False)
+    extract(pictures, extractor, store, rank=rank, world=world, keep_pixels=npz is not None, pngs=pngs)
     _wait()
-    if not first:
+    if rank > 0:
         return None
     report = score(pictures, store.read(), against, extractor, intervals=intervals)
     if npz is not None:
         npz.parent.mkdir(parents=True, exist_ok=True)
-        write_npz(npz, {}, len(pictures), pictures.size, store.pixels())
+        write_npz(npz, _class_indices(pictures.labels), len(pictures), pictures.size, store.pixels())
     report.write(out)
     store.remove()
     return report
 
 
-def unfinished(out: Path) -> Path:
-    """The folder in which the work on a report lies until it is written."""
-    return out.with_name(f"{out.name}.unfinished")
+def _clear(folder: Path, overwrite: bool) -> None:
+    """Removes the numbered pictures of an earlier run. FileExistsError where there is something and it may not be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder for the pictures")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} is not empty; choose another folder, or add --overwrite")
+    for path in folder.glob("[0-9]" * 6 + ".png"):
+        path.unlink()
+
+
+def _class_indices(labels: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """ADM's array of classes, numbered as they first come: as in the model, for pictures that one drew."""
+    if labels is None:
+        return {}
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return {CLASSES: np.array([numbers[label] for label in labels])}
 
 
 def _wait() -> None:

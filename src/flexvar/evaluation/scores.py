@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from flexvar.evaluation.extractors import Extractor, Features
 from flexvar.evaluation.metrics import (
@@ -20,13 +20,19 @@ from flexvar.evaluation.metrics import (
     precision_recall,
 )
 from flexvar.evaluation.references import Reference, moments_of
+from flexvar.evaluation.report import FORMAT, PUBLISHED_COUNT, machine, write_json
 from flexvar.evaluation.stored import PictureSet
-from flexvar.writing import write_whole
 
-FORMAT = 1
-PUBLISHED_COUNT = 50_000  # pictures behind published scores
 FEWEST = 10  # pictures, below which nothing is worth computing
-BLOCKS = 20  # of which intervals leave out one after the other
+BLOCKS, FEWEST_BLOCKS = 20, 5  # of which intervals leave out one after the other
+
+METHOD: dict[str, Any] = {
+    "inception score split": 5000,
+    "precision and recall k": 3,
+    "density and coverage k": 5,
+    "kid": {"subsets": 100, "size": 1000, "seed": 0},
+}
+"""What the numbers of a report follow from beside the features."""
 
 NAMES = {
     "fid": "FID",
@@ -52,28 +58,22 @@ class Report:
     samples: Mapping[str, Any]
     reference: Mapping[str, Any]
     extractor: Mapping[str, Any]
+    machine: Mapping[str, str]
 
     @property
     def comparable(self) -> bool:
         """Whether these scores may stand beside published ones of the same reference."""
         return not self.caveats
 
-    def as_json(self) -> str:
-        """The text of the report's file."""
-        versions = {name: version(name) for name in ("flexvar", "torch", "numpy", "pillow")} | {"python": platform.python_version()}
-        content = {"format": FORMAT, "comparable with published scores": self.comparable, **vars(self), "versions": versions}
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
     def write(self, path: Path) -> None:
         """Writes the JSON; it appears when it is complete."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda beside: beside.write_text(self.as_json(), encoding="utf-8"))
+        write_json(path, {"format": FORMAT, "comparable with published scores": self.comparable, **vars(self), "method": METHOD})
 
     def table(self) -> str:
         """The scores to be read, each on a line, and what must be known with them."""
         lines = [f"{NAMES[name]:<16} {_figure(value)}{_interval(self.intervals.get(name))}" for name, value in self.scores.items()]
         lines.append(f"{self.samples['count']} pictures, against {self.reference['name']}, by {self.extractor['name']}")
-        lines += [] if self.comparable else ["NOT comparable with published scores:"]
+        lines.append("comparable with published scores" if self.comparable else "NOT comparable with published scores:")
         lines += [f"  - {caveat}" for caveat in self.caveats]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -82,56 +82,35 @@ class Report:
 def score(pictures: PictureSet, features: Features, reference: Reference, extractor: Extractor, *, intervals: bool = False) -> Report:
     """All scores that pictures' features, a reference and an extractor allow.
 
-    intervals: also 95 % intervals of FID and sFID, by 20 further Frechet distances each.
+    intervals: also 95 % intervals of FID and sFID, by up to 20 further Frechet distances each.
     Raises ValueError for fewer than 10 pictures, and for a reference whose pictures have another size.
     """
+    check(pictures, reference)
     count, dimensions = features.pool.shape
-    if count < FEWEST:
-        raise ValueError(f"{count} pictures are too few to be scored; give at least {FEWEST}, and {PUBLISHED_COUNT:,} to be comparable")
-    check_sizes(pictures, reference)
-    scores, reached = {}, {}
-    made, theirs = moments_of(features), {"pool": reference.moments, "spatial": reference.spatial}
-    for name, kind, own in (("fid", "pool", features.pool), ("sfid", "spatial", features.spatial)):
-        against = theirs[kind]
-        if own is None or against is None:
-            continue
-        if len(made[kind][0]) != len(against[0]):
-            raise ValueError(
-                f"{reference.name} is of {len(against[0])} features, {extractor.name} gives {len(made[kind][0])}; "
-                "take the extractor that made it"
-            )
-        scores[name] = frechet_distance(*made[kind], *against)
-        if intervals:
-            reached[name] = frechet_interval(own, *against, blocks=min(BLOCKS, count // 2))
-    if features.logits is not None:
-        scores["inception_score"] = inception_score(features.logits)
-    if reference.pool is not None and len(reference.pool) >= FEWEST:
-        scores["precision"], scores["recall"] = precision_recall(reference.pool, features.pool)
-        scores["kid"], _ = kernel_distance(reference.pool, features.pool)
-        scores["density"], scores["coverage"] = density_coverage(reference.pool, features.pool)
-    notes = list(reference.notes)
-    if count <= dimensions:
-        notes.append(
-            f"{count} pictures span no more than {count - 1} of {dimensions} feature dimensions: the covariance is singular, "
-            "and FID is far above what more pictures would give"
-        )
-    if pictures.class_counts is None:
-        notes.append("the classes of the pictures are not known, so that their balance could not be checked")
-    height, width = pictures.size
-    samples = {**pictures.about(), "count": count, "height": height, "width": width, "class counts": pictures.class_counts}
+    (height, width), counts = pictures.size, None if pictures.labels is None else dict(Counter(pictures.labels))
     return Report(
-        {name: scores[name] for name in NAMES if name in scores},
-        reached,
+        _scores(features, reference),
+        _intervals(pictures.labels, features, reference) if intervals else {},
         caveats(pictures, features, extractor),
-        notes,
-        samples,
-        {"name": reference.name, "sha256": reference.sha256, "pictures": None if reference.pool is None else len(reference.pool)},
+        [*reference.notes, *_notes(pictures, dimensions)],
+        {**pictures.about, "count": count, "height": height, "width": width, "class counts": counts},
+        {
+            "name": reference.name,
+            "sha256": reference.sha256,
+            "pictures": None if reference.pool is None else len(reference.pool),
+            "moments": "stored" if reference.stored else "made of its pictures",
+        },
         {"name": extractor.name, "sha256": extractor.sha256, "features": dimensions},
+        machine(extractor.device),
     )
 
 
-def check_sizes(pictures: PictureSet, reference: Reference) -> None:
-    """Raises ValueError where pictures and reference have different sizes."""
+def check(pictures: PictureSet, reference: Reference) -> None:
+    """Raises ValueError for too few pictures, and where they and the reference have different sizes."""
+    if len(pictures) < FEWEST:
+        raise ValueError(
+            f"{len(pictures)} pictures are too few to be scored; give at least {FEWEST}, and {PUBLISHED_COUNT:,} to be comparable"
+        )
     if reference.size not in (None, pictures.size):
         (height, width), (other_height, other_width) = pictures.size, reference.size
         raise ValueError(
@@ -145,14 +124,58 @@ def caveats(pictures: PictureSet, features: Features, extractor: Extractor) -> l
     found = list(pictures.caveats)
     if len(pictures) != PUBLISHED_COUNT:
         found.append(f"{len(pictures):,} pictures instead of {PUBLISHED_COUNT:,}; FID depends on the number")
-    if pictures.class_counts is not None and len(set(pictures.class_counts.values())) > 1:
-        least, most = min(pictures.class_counts.values()), max(pictures.class_counts.values())
-        found.append(f"unbalanced classes: {least} to {most} pictures of each")
+    if pictures.labels is not None:
+        counts = Counter(pictures.labels).values()
+        if min(counts) != max(counts):
+            found.append(f"unbalanced classes: {min(counts)} to {max(counts)} pictures of each")
     if not extractor.published:
         found.append(f"the features are those of {extractor.name}, not of the Inception network behind published scores")
-    copies = len(features.pool) - len({row.tobytes() for row in features.pool.numpy()})
+    copies = len(features.pool) - len({hash(row.tobytes()) for row in features.pool.numpy()})
     if copies:
         found.append(f"{copies} pictures are copies of others; were seeds repeated?")
+    return found
+
+
+def _scores(features: Features, reference: Reference) -> dict[str, float]:
+    """By name, in the order of NAMES."""
+    scores, made = {}, moments_of(features)
+    scores["fid"] = frechet_distance(*made["pool"], *reference.moments)
+    if "spatial" in made and reference.spatial is not None:
+        scores["sfid"] = frechet_distance(*made["spatial"], *reference.spatial)
+    if features.logits is not None:
+        scores["inception_score"] = inception_score(features.logits, METHOD["inception score split"])
+    if reference.pool is not None and len(reference.pool) >= FEWEST:
+        both = reference.pool, features.pool
+        scores["precision"], scores["recall"] = precision_recall(*both, METHOD["precision and recall k"])
+        scores["kid"], _ = kernel_distance(*both, **METHOD["kid"])
+        scores["density"], scores["coverage"] = density_coverage(*both, METHOD["density and coverage k"])
+    return {name: scores[name] for name in NAMES if name in scores}
+
+
+def _intervals(labels: Sequence[str] | None, features: Features, reference: Reference) -> dict[str, tuple[float, float]]:
+    """Those of FID and sFID, from blocks with the same classes where these are known and there are enough of each."""
+    count = len(features.pool)
+    least = min(Counter(labels).values()) if labels is not None else 0
+    if labels is not None and least >= FEWEST_BLOCKS:
+        order, blocks = torch.tensor(sorted(range(count), key=labels.__getitem__)), min(BLOCKS, least)
+    else:
+        order, blocks = torch.randperm(count, generator=torch.Generator().manual_seed(0)), min(BLOCKS, count // 2)
+    found = {"fid": frechet_interval(features.pool[order], *reference.moments, blocks)}
+    if features.spatial is not None and reference.spatial is not None:
+        found["sfid"] = frechet_interval(features.spatial[order], *reference.spatial, blocks)
+    return found
+
+
+def _notes(pictures: PictureSet, dimensions: int) -> list[str]:
+    """What a reader should know of the pictures, one line each."""
+    found = []
+    if len(pictures) <= dimensions:
+        found.append(
+            f"{len(pictures)} pictures span no more than {len(pictures) - 1} of {dimensions} feature dimensions: the covariance is "
+            "singular, and FID is far above what more pictures would give"
+        )
+    if pictures.labels is None or len(set(pictures.labels)) == 1:
+        found.append("the classes of the pictures are not known, so that their balance and order could not be checked")
     return found
 
 

@@ -6,7 +6,8 @@ import hashlib
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -23,6 +24,7 @@ from flexvar.zoo import sha256
 AT_ONCE = 50  # pictures in a batch
 PICTURES, CLASSES = "arr_0", "arr_1"  # of an .npz, as ADM names them
 LOSSY = (".jpg", ".jpeg", ".webp")
+ORIENTATION = 0x0112  # EXIF's tag; from 5 on, height and width change places
 
 
 class PictureSet(Protocol):
@@ -34,8 +36,8 @@ class PictureSet(Protocol):
         ...
 
     @property
-    def class_counts(self) -> Mapping[str, int] | None:
-        """How many there are of each class; None where the classes are not known."""
+    def labels(self) -> Sequence[str] | None:
+        """The class of each picture; None where the classes are not known."""
         ...
 
     @property
@@ -49,6 +51,7 @@ class PictureSet(Protocol):
         """The pictures of a part: uint8 (B, 3, H, W)."""
         ...
 
+    @property
     def about(self) -> dict[str, Any]:
         """All that determines them, for the report; the same pictures say the same."""
         ...
@@ -93,7 +96,7 @@ class NpzPictures:
         self._count, self.size = int(shape[0]), (int(shape[1]), int(shape[2]))
         self._file: IO[bytes] | None = None
         self._next = 0  # the picture that the open file comes to next
-        self.class_counts = None if labels is None else {str(name): count for name, count in sorted(Counter(labels.tolist()).items())}
+        self.labels = None if labels is None else [str(label) for label in labels.tolist()]
 
     def __len__(self) -> int:
         return self._count
@@ -107,6 +110,7 @@ class NpzPictures:
                 raise ValueError(f"{self.path} is damaged or truncated ({error}); copy or write it again") from error
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
+    @cached_property
     def about(self) -> dict[str, Any]:
         return {"pictures": self.path.name, "sha256": sha256(self.path)}
 
@@ -122,7 +126,11 @@ class NpzPictures:
 
 
 class FolderPictures:
-    """The pictures below a folder, in the order of their paths. If all lie in folders below it, these are the classes."""
+    """The pictures below a folder, in the order of their paths.
+
+    If all lie in folders below it, these are the classes, and the pictures come from each in turn: the splits of the Inception Score want
+    neighbours of different classes.
+    """
 
     def __init__(self, folder: Path, size: Size | None = None) -> None:
         self.folder, self._resized = folder, size
@@ -132,8 +140,9 @@ class FolderPictures:
         lossy = sum(path.suffix.lower() in LOSSY for path in self.paths)
         self.caveats = [f"{lossy} of the pictures were stored as JPEG or WebP, which changes the scores; store PNG"] if lossy else []
         self.size = size or self._common_size()
-        places = [path.relative_to(folder).parts for path in self.paths]
-        self.class_counts = dict(Counter(parts[0] for parts in places)) if all(len(parts) > 1 for parts in places) else None
+        self.labels: list[str] | None = None
+        if all(len(path.relative_to(folder).parts) > 1 for path in self.paths):
+            self._deal()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -143,12 +152,24 @@ class FolderPictures:
             pictures = [self._picture(path) for path in self.paths[start : min(start + AT_ONCE, part.stop)]]
             yield torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
 
+    @cached_property
     def about(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(f"{path.relative_to(self.folder).as_posix()} {sha256(path)}\n".encode())
         resized = {} if self._resized is None else {"resized and cropped to": list(self._resized)}
         return {"pictures": self.folder.name, "sha256": digest.hexdigest(), **resized}
+
+    def _deal(self) -> None:
+        """Puts the pictures into an order in which the classes come in turn, and notes the class of each."""
+        place: Counter[str] = Counter()
+        dealt = []
+        for path in self.paths:
+            label = path.relative_to(self.folder).parts[0]
+            dealt.append((place[label], label, path))
+            place[label] += 1
+        dealt.sort()
+        self.paths, self.labels = [path for *_, path in dealt], [label for _, label, _ in dealt]
 
     def _picture(self, path: Path) -> np.ndarray:
         picture = open_picture(path)
@@ -160,7 +181,8 @@ class FolderPictures:
         for path in self.paths:
             try:
                 with Image.open(path) as image:
-                    size = image.height, image.width
+                    lying = image.getexif().get(ORIENTATION, 1) >= 5  # as stored; it is turned when it is read
+                    size = (image.width, image.height) if lying else (image.height, image.width)
             except OSError as error:
                 raise ValueError(f"{path} is not an image; replace or remove it") from error
             first = first or (path, size)
@@ -206,8 +228,6 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], count: int, size: Si
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-            if not count:
-                return
             with archive.open(f"{PICTURES}.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
                 np.lib.format.write_array_header_1_0(file, header)

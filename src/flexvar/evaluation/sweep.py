@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 from flexvar.evaluation.drawn import DrawnPictures
 from flexvar.evaluation.extractors import Extractor
+from flexvar.evaluation.references import read_reference
+from flexvar.evaluation.report import machine, read_json, write_json
 from flexvar.evaluation.runner import evaluate
 from flexvar.pipeline import FlexVARPipeline
 from flexvar.writing import write_whole
@@ -68,20 +71,21 @@ def sweep(
         raise ValueError("nothing is to be swept; give values of one or more settings, such as --steps 6 8 10")
     if "num_inference_steps" in grid and "schedule" in grid:
         raise ValueError("steps and schedules cannot both be swept; give one of the two")
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*(dict.fromkeys(values) for values in grid.values()))]
     pictures = [DrawnPictures(pipe, model, per_class, seed=seed, batch=batch, **settings, **point) for point in points]
+    against = read_reference(reference, extractor)
     out.mkdir(parents=True, exist_ok=True)
     trials = []
     for point, drawn in zip(points, pictures, strict=True):
-        path = out / f"{name_of(point).replace(' ', '-').replace(',', '-')}.trial.json"
-        if path.is_file() and not overwrite and (before := _read(path, drawn.about())) is not None:
+        path = out / f"{re.sub('[^0-9a-z.]+', '-', name_of(point))}.trial.json"
+        of = {"samples": drawn.about, "reference": against.sha256, "extractor": extractor.sha256, "machine": machine(extractor.device)}
+        if path.is_file() and not overwrite and (before := _read(path, of)) is not None:
             trials.append(before)
             continue
-        report = evaluate(drawn, reference, extractor, path.with_suffix(".scores.json"), intervals=True, overwrite=True)
+        report = evaluate(drawn, against, extractor, path.with_suffix(".scores.json"), intervals=True, overwrite=True)
         assert report is not None  # there is one process
         trial = Trial(point, report.scores["fid"], report.intervals["fid"], _seconds_a_picture(drawn), report.scores)
-        content = json.dumps({"samples": drawn.about(), **asdict(trial)}, default=str, ensure_ascii=False, indent=2) + "\n"
-        write_whole(path, lambda beside, content=content: beside.write_text(content, encoding="utf-8"))  # type: ignore[misc]
+        write_json(path, {"of": of, **asdict(trial)})
         trials.append(trial)
     return trials
 
@@ -149,10 +153,10 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
     plt.close(figure)
 
 
-def _read(path: Path, about: Mapping[str, Any]) -> Trial | None:
-    """A trial of an earlier run, unless it was of other settings."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content.pop("samples") != json.loads(json.dumps(dict(about))):
+def _read(path: Path, of: Mapping[str, Any]) -> Trial | None:
+    """A trial of an earlier run, unless it was of something else."""
+    content = read_json(path)
+    if content.pop("of", None) != json.loads(json.dumps(of)):
         return None
     return Trial(**{**content, "interval": tuple(content["interval"])})
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +17,13 @@ from flexvar.evaluation.lpips import LPIPS, load_lpips
 from flexvar.evaluation.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from flexvar.evaluation.metrics import RunningMoments, frechet_distance
 from flexvar.evaluation.reconstruction import ScaleQuality, rebuilt_by_scale, unmeasured, use_of_all
-from flexvar.evaluation.scores import FORMAT, PUBLISHED_COUNT
+from flexvar.evaluation.report import FORMAT, PUBLISHED_COUNT, machine, write_json
 from flexvar.evaluation.stored import PictureSet, open_pictures
 from flexvar.models import model_folder
 from flexvar.progress import progress
 from flexvar.schedule import FINEST, Schedule, ScheduleLike, Size, grid_of
 from flexvar.sheet import to_uint8
 from flexvar.tokenizer import Tokenizer
-from flexvar.writing import write_whole
 from flexvar.zoo import sha256
 
 SMALLEST_FOR_RFID = 32  # px; extractors enlarge what they are given, and of fewer pixels they would see little but that
@@ -54,10 +50,10 @@ class TokenizerReport:
     extractor: Mapping[str, Any] | None  # None: no rFID was asked for
     lpips: Mapping[str, Any] | None
     caveats: list[str]  # what keeps the rFIDs from being compared with published ones
+    machine: Mapping[str, str]
 
-    def as_json(self) -> str:
-        """The text of the report's file."""
-        versions = {name: version(name) for name in ("flexvar", "torch", "numpy", "pillow")} | {"python": platform.python_version()}
+    def write(self, path: Path) -> None:
+        """Writes the JSON; it appears when it is complete."""
         sizes = [
             {
                 "height": height,
@@ -67,12 +63,7 @@ class TokenizerReport:
             }
             for (height, width), scales in self.sizes.items()
         ]
-        return json.dumps({"format": FORMAT, **vars(self), "sizes": sizes, "versions": versions}, indent=2, ensure_ascii=False) + "\n"
-
-    def write(self, path: Path) -> None:
-        """Writes the JSON; it appears when it is complete."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda beside: beside.write_text(self.as_json(), encoding="utf-8"))
+        write_json(path, {"format": FORMAT, **vars(self), "sizes": sizes})
 
     def table(self) -> str:
         """For each size a table with a row for each scale, and what must be known with it."""
@@ -139,7 +130,7 @@ def evaluate_tokenizer(
         pictures.size: _quality(tokenizer, pictures, places, own, batch, extractor, perceptual)
         for pictures, own in zip(sets, schedules, strict=True)
     }
-    config, about = tokenizer.config, sets[0].about()
+    config, about = tokenizer.config, sets[0].about
     return TokenizerReport(
         {
             "model": str(name),
@@ -152,6 +143,7 @@ def evaluate_tokenizer(
         None if extractor is None else {"name": extractor.name, "sha256": extractor.sha256},
         None if lpips is None else {"vgg sha256": sha256(lpips[0]), "linear sha256": sha256(lpips[1])},
         [] if extractor is None else _caveats(extractor, len(places)),
+        machine(torch.device(device)),
     )
 
 
