@@ -3,18 +3,110 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexvar.cli.commands import Words
 from flexvar.cli.drawing import device_of, move, settings_of
+from flexvar.cli.phrases import DEVICES, Parser, add_batch, add_device, add_extractor, add_overwrite, add_seed, add_settings, add_size
 
 if TYPE_CHECKING:
     from flexvar.evaluation.extractors import Extractor
     from flexvar.evaluation.stored import PictureSet
 
 PATIENCE = timedelta(hours=4)  # the first process may have to make the features of a large reference while the others wait
+
+
+def add_evaluations(kinds: Any, command: Callable[..., Parser]) -> None:
+    """What can be measured, under `flexvar evaluate`; `command` adds one."""
+    model = command(
+        "model", run_model, "Draw as many pictures of each class and score them against a reference. Works under torchrun too.",
+        "evaluate model flexvar-d20 --reference VIRTUAL_imagenet256_labeled.npz --guidance-scale 2.5", kinds,
+    )  # fmt: skip
+    model.add_argument("model", metavar="MODEL", help="a bundled or released name, a folder or a Hub id")
+    _add_reference(model)
+    model.add_argument("--per-class", type=int, default=50, help="pictures of each class (default: 50)")
+    add_size(model)
+    add_settings(model)
+    add_seed(model)
+    add_batch(model, 50)
+    add_device(model)
+    model.add_argument("--save-npz", type=Path, metavar="FILE", help="also the pictures, in ADM's layout")
+    model.add_argument("--save-png", type=Path, metavar="FOLDER", help="also each picture as a file")
+    _add_report(model)
+
+    samples = command(
+        "samples", run_samples, "Score pictures that were drawn elsewhere against a reference.",
+        "evaluate samples drawn.npz --reference VIRTUAL_imagenet256_labeled.npz", kinds,
+    )  # fmt: skip
+    samples.add_argument("pictures", type=Path, metavar="PICTURES", help="an .npz with arr_0, or a folder of PNG files")
+    _add_reference(samples)
+    samples.add_argument("--device", help=DEVICES)
+    _add_report(samples)
+
+    reference = command(
+        "reference", run_reference, "Make a reference of ADM's layout from a folder of pictures.",
+        "evaluate reference data/mine reference.npz --height 256 --width 256", kinds,
+    )  # fmt: skip
+    reference.add_argument("pictures", type=Path, metavar="FOLDER", help="pictures, in folders below it or not")
+    reference.add_argument("out", type=Path, metavar="OUT.npz")
+    add_size(reference, "pixels to which the pictures are resized and cropped (default: as they are)")
+    reference.add_argument("--keep", type=int, default=10_000, help="pictures in the file, for precision and recall (default: 10000)")
+    add_extractor(reference)
+    reference.add_argument("--device", help=DEVICES)
+    add_overwrite(reference)
+
+    sweep = command(
+        "sweep", run_sweep, "Score every combination of settings on few pictures: a table and a plot of quality against time.",
+        "evaluate sweep emoji --reference data/emoji --extractor classifier --steps 4 6 8 --guidance-scale 1.5 2.5 4", kinds,
+    )  # fmt: skip
+    sweep.add_argument("model", metavar="MODEL", help="a bundled or released name, a folder or a Hub id")
+    _add_reference(sweep)
+    sweep.add_argument("--steps", type=int, nargs="+", help="numbers of scales")
+    sweep.add_argument("--schedule", nargs="+", metavar="SCALES", help="instead: the scales themselves, 1,2,4,6 or a published name")
+    sweep.add_argument("--guidance-scale", type=float, nargs="+", help="guidance scales")
+    sweep.add_argument("--guidance-stop", type=int, nargs="+", help="numbers of guided scales")
+    sweep.add_argument("--top-k", type=int, nargs="+", help="candidates kept")
+    sweep.add_argument("--top-p", type=float, nargs="+", help="probabilities that the candidates reach")
+    add_size(sweep)
+    sweep.add_argument("--per-class", type=int, default=5, help="pictures of each class (default: 5)")
+    add_seed(sweep)
+    add_batch(sweep, 50)
+    add_device(sweep)
+    sweep.add_argument("--out", type=Path, default=Path("sweep"), help="folder for reports, table and plot (default: sweep)")
+    add_overwrite(sweep)
+
+    tokenizer = command(
+        "tokenizer", run_tokenizer, "Measure a tokenizer at every scale: rFID, PSNR, SSIM, L1, LPIPS if its files are given, use of codes.",
+        "evaluate tokenizer emoji data/emoji --sizes 64 64x128 --extractor classifier", kinds,
+    )  # fmt: skip
+    tokenizer.add_argument("model", metavar="MODEL", help="a bundled or released name, a folder (a tokenizer alone will do) or a Hub id")
+    tokenizer.add_argument("pictures", type=Path, metavar="PICTURES", help="a folder of pictures, or an .npz with arr_0")
+    sizes_help = "pixels to which a folder's pictures are resized and cropped: 256, or height x width as 384x512 (default: the model's)"
+    tokenizer.add_argument("--sizes", nargs="+", metavar="SIZE", help=sizes_help)
+    tokenizer.add_argument("--steps", type=int, help="scales, at least 2 (default: the model's)")
+    tokenizer.add_argument("--schedule", metavar="SCALES", help="for a single size, the scales themselves: 1,2,4,6 or 1x1,2x3,4x6")
+    tokenizer.add_argument("--count", type=int, help="pictures, evenly chosen (default: all)")
+    tokenizer.add_argument("--batch", type=int, default=16, help="pictures rebuilt at the same time; changes speed only (default: 16)")
+    add_extractor(tokenizer, ", or none to leave rFID out")
+    tokenizer.add_argument("--lpips-vgg", type=Path, metavar="FILE", help="torchvision's VGG-16, for LPIPS")
+    tokenizer.add_argument("--lpips-linear", type=Path, metavar="FILE", help="lpips' own weights, for LPIPS")
+    tokenizer.add_argument("--device", help=DEVICES)
+    tokenizer.add_argument("--out", type=Path, default=Path("scores.json"), help="the report (default: scores.json)")
+    add_overwrite(tokenizer)
+
+
+def _add_reference(command: Parser) -> None:
+    command.add_argument("--reference", required=True, metavar="R", help="an .npz of ADM, pytorch-fid or clean-fid, or a folder")
+    add_extractor(command)
+
+
+def _add_report(command: Parser) -> None:
+    command.add_argument("--intervals", action="store_true", help="also 95 %% intervals of FID and sFID; takes a minute")
+    command.add_argument("--out", type=Path, default=Path("scores.json"), help="the report (default: scores.json)")
+    add_overwrite(command)
 
 
 def run_model(words: Words) -> None:

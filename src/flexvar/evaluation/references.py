@@ -162,5 +162,5 @@ def _disagreement(stored: Moments, made: Moments, count: int) -> str:
         return ""
     return (
         f"the stored moments of the reference disagree with its own pictures (means shifted by {shift:.1f} times what chance allows, "
-        f"Frechet distance {frechet_distance(*stored, *made):.3g}); the stored ones are used"
+        f"Fréchet distance {frechet_distance(*stored, *made):.3g}); the stored ones are used"
     )

@@ -82,7 +82,7 @@ class Report:
 def score(pictures: PictureSet, features: Features, reference: Reference, extractor: Extractor, *, intervals: bool = False) -> Report:
     """All scores that pictures' features, a reference and an extractor allow.
 
-    intervals: also 95 % intervals of FID and sFID, by up to 20 further Frechet distances each.
+    intervals: also 95 % intervals of FID and sFID, by up to 20 further Fréchet distances each.
     Raises ValueError for fewer than 10 pictures, and for a reference whose pictures have another size.
     """
     check(pictures, reference)
