@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flexvar import FlexVARPipeline, Guidance, Schedule, Tokenizer, Transformer, memory
+from flexvar import FlexVARPipeline, Guidance, Schedule, Tokenizer, Transformer, generation, memory
 from flexvar.accounting import plan
 from flexvar.checkpoint import Defaults, Model
 from flexvar.cli import main
@@ -108,6 +108,19 @@ def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_memory(torch.device("cuda")) == 15
     monkeypatch.setattr(memory, "Path", lambda _: Path("nowhere"))  # a machine without /proc
     assert 0 < free_memory(torch.device("cpu")) < 2**50
+
+
+def test_as_many_are_drawn_at_the_same_time_as_fit(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"height": 16, "width": 24, "seed": 0, "output_type": "pt"}
+    together = pipe(list("abcde"), **settings).images
+    two = needs(pipe._drawing(pipe.schedule_of(16, 24, None, None), 2, pipe.defaults.guidance))
+    sizes, draw = [], generation.generate
+    monkeypatch.setattr("flexvar.pipeline.generate", lambda *given, **named: (sizes.append(len(given[2])), draw(*given, **named))[1])
+    for free, expected in ((two, [2, 2, 1]), (0, [1] * 5), (None, [5])):
+        monkeypatch.setattr("flexvar.pipeline.free_memory", lambda device, free=free: free)
+        sizes.clear()
+        assert torch.allclose(pipe(list("abcde"), **settings).images, together, atol=1e-5)
+        assert sizes == expected
 
 
 def test_what_is_drawn_and_decoded_fails_in_one_line(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from flexvar.data.given import GivenPictures
 from flexvar.editing import Edit
 from flexvar.generation import Keep, Step, generate
 from flexvar.labels import Label
-from flexvar.memory import Drawing
+from flexvar.memory import Drawing, free_memory
 from flexvar.models import model_folder, released_model, write_released
 from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
 from flexvar.schedule import Schedule, ScheduleLike, grid_of
@@ -112,13 +112,13 @@ class FlexVARPipeline:
         """Draws one picture for each label.
 
         class_labels: class names or indices, one or several; None (or "unconditional") means no class.
-        batch_size: pictures drawn at the same time, all by default; it changes memory and speed, not the pictures.
+        batch_size: pictures drawn at the same time, by default as many as free memory holds; it changes speed, not the pictures.
         output_type: "pil", "np" or "pt". The other keywords are those of `stream`.
         """
         _check_output_type(output_type)
         listed = _listed(class_labels, edit)
         indices, seeds = self.labels_of(listed), seeds_of(settings.pop("seed", None), len(listed))
-        at_once = len(listed) if batch_size is None else whole_number(batch_size, "batch_size")
+        at_once = self._fitting(len(listed), edit, **settings) if batch_size is None else whole_number(batch_size, "batch_size")
         if at_once < 1:
             raise ValueError(f"batch_size is {at_once}; draw at least 1 picture at a time")
         drawn = []
@@ -261,6 +261,24 @@ class FlexVARPipeline:
         transformer, weight = self.transformer.config, self.transformer.head.weight
         guided = any(factor != 1 for factor in guidance.weights(schedule, transformer.trained_grid))
         return Drawing(transformer, self.tokenizer.config, schedule, batch, guided, weight.dtype, weight.device)
+
+    def _fitting(
+        self,
+        pictures: int,
+        edit: Edit | None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        schedule: ScheduleLike | None = None,
+        **settings: Any,
+    ) -> int:
+        """How many of the pictures can be drawn at the same time in the memory that is free; at least one is tried."""
+        if pictures == 1:
+            return 1
+        grids = self.schedule_of(height, width, num_inference_steps, schedule, edit)
+        drawing = self._drawing(grids, pictures, self.guidance_of(**settings))
+        free = free_memory(drawing.device)
+        return pictures if free is None or drawing.fits(free) else max(1, drawing.largest_batch(free))
 
     # -- what the words mean --
 
