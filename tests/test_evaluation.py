@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from flexvar.checkpoint import Defaults, Model, save
 from flexvar.cli import main
 from flexvar.data import Shapes, write_pictures
 from flexvar.evaluation import DrawnPictures, evaluate, extraction, load_extractor, metrics, open_pictures, stored, sweep
+from flexvar.evaluation import npz as npz_files
 from flexvar.evaluation.extraction import FeatureStore, extract, joined
 from flexvar.evaluation.references import read_reference, write_reference
 from flexvar.evaluation.scores import caveats
@@ -93,7 +95,7 @@ def test_a_folder_is_read_class_by_class_in_turn(folder: Path) -> None:
 
 def test_what_is_written_is_what_numpy_reads(tmp_path: Path) -> None:
     pixels = torch.arange(5 * 3 * 4 * 6).reshape(5, 3, 4, 6).to(torch.uint8)
-    stored.write_npz(tmp_path / "x.npz", {"mu": np.arange(3.0)}, 5, (4, 6), pixels.split(2))
+    npz_files.write_npz(tmp_path / "x.npz", {"mu": np.arange(3.0)}, 5, (4, 6), pixels.split(2))
     content = np.load(tmp_path / "x.npz")
     assert np.array_equal(content["arr_0"], pixels.permute(0, 2, 3, 1).numpy())
     assert content["mu"].tolist() == [0, 1, 2]
@@ -239,11 +241,14 @@ def test_statistics_of_other_packages(folder: Path, tmp_path: Path, npz: Path) -
 def test_stored_moments_that_disagree_with_the_pictures_are_said_and_used(folder: Path, tmp_path: Path) -> None:
     extractor = load_extractor("classifier")
     write_reference(folder, tmp_path / "good.npz", extractor, keep=1000)
-    assert read_reference(tmp_path / "good.npz", extractor).notes == []
+    assert read_reference(tmp_path / "good.npz", extractor).caveats == ["the reference was made here and is no published one"]
     content = dict(np.load(tmp_path / "good.npz"))
+    del content["extractor"]
+    np.savez(tmp_path / "as-published.npz", **content)
+    assert read_reference(tmp_path / "as-published.npz", extractor).caveats == []
     np.savez(tmp_path / "bad.npz", **{**content, "mu": content["mu"] + 3 * content["sigma"].diagonal() ** 0.5})
     reference = read_reference(tmp_path / "bad.npz", extractor)
-    assert "disagree with its own pictures" in reference.notes[0]
+    assert "disagree with its own pictures" in reference.caveats[0]
     assert np.allclose(reference.moments[0], content["mu"] + 3 * content["sigma"].diagonal() ** 0.5)
     np.savez(tmp_path / "other.npz", **{**content, "extractor": np.array("0" * 64)})
     with pytest.raises(ValueError, match="was made with another extractor than classifier"):
@@ -288,7 +293,7 @@ def test_a_model_is_scored_with_all_that_determines_it(model: Path, folder: Path
     assert samples["class counts"] == dict.fromkeys(CLASSES, 4)
     assert report["extractor"]["name"] == "classifier"
     assert {"flexvar", "torch", "numpy", "pillow", "python", "device"} <= set(report["machine"])
-    assert report["reference"]["moments"] == "made of its pictures"
+    assert report["reference"]["stored moments"] == []
     assert report["method"]["precision and recall k"] == 3
     assert np.array_equal(np.load(tmp_path / "drawn.npz")["arr_1"], np.arange(20) % 5)
     assert report["intervals"]["fid"][0] <= report["scores"]["fid"] <= report["intervals"]["fid"][1]
@@ -368,6 +373,10 @@ def test_a_broken_model_is_told(model: Path, folder: Path, tmp_path: Path) -> No
     pipe = FlexVARPipeline.from_pretrained(model)
     with torch.no_grad():
         pipe.tokenizer.after_codes.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="has weights that are not finite"):
+        DrawnPictures(pipe, str(model), 3)
+    with torch.no_grad():  # finite weights, whose pictures overflow
+        pipe.tokenizer.after_codes.bias.fill_(1e38)
     with pytest.raises(ValueError, match="drew pictures that are not finite"):
         evaluate(DrawnPictures(pipe, str(model), 3), folder, load_extractor("classifier"), tmp_path / "scores.json")
 
@@ -387,6 +396,40 @@ def test_a_folder_of_files_that_is_not_empty_is_kept(model: Path, folder: Path, 
 def test_processes_that_share_no_folder_are_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="all processes must share the folder"):
         FeatureStore(tmp_path / "elsewhere", 3, {}, begin=False)
+
+
+def test_pieces_that_belong_to_nothing_are_not_taken(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle of clearing up leaves pieces without what they are of."""
+    pictures, extractor = DrawnPictures(FlexVARPipeline.from_pretrained(model), str(model), 2), load_extractor("classifier")
+    extract(pictures, extractor, FeatureStore(tmp_path / "store", len(pictures), {"seed": 1}))
+    (tmp_path / "store" / "about.json").unlink()
+    assert FeatureStore(tmp_path / "store", len(pictures), {"seed": 2}).missing()
+
+
+def test_so_many_of_a_folder_are_of_all_its_classes(folder: Path) -> None:
+    pictures = open_pictures(folder)
+    for count in (10, 20, 30):
+        places = stored.chosen(pictures, count)
+        assert places == sorted(set(places))
+        assert set(Counter(pictures.labels[place] for place in places).values()) == {count // 10}
+    assert stored.chosen(pictures, 1000) == list(range(60))
+
+
+@pytest.mark.parametrize("out", ["folder", "file/scores.json"])
+def test_what_could_not_be_written_is_told_first(out: str, model: Path, folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(DrawnPictures, "batches", lambda *_: pytest.fail("drawn in vain"))
+    words = ["evaluate", "model", str(model), "--reference", str(folder), "--extractor", "classifier", "--overwrite"]
+    assert main([*words, "--out", str(tmp_path / out)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_pictures_stay_where_the_reference_is_missing(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "000000.png").touch()
+    words = ["evaluate", "model", str(model), "--reference", "nope", "--extractor", "classifier", "--overwrite"]
+    assert main([*words, "--save-png", str(tmp_path), "--out", str(tmp_path / "scores.json")]) == 2
+    assert (tmp_path / "000000.png").exists()
 
 
 def test_a_damaged_piece_is_told(folder: Path, cache: Path) -> None:
@@ -441,13 +484,16 @@ def test_a_sweep_scores_the_grid_and_goes_on(model: Path, folder: Path, tmp_path
     assert not scored
     other = tmp_path / "other"
     write_pictures(Shapes(views=6), other, count_per_class=6, size=(32, 32), seed=2)
-    assert main([str(other) if word == str(folder) else word for word in words]) == 0  # another reference: nothing is taken over
+    changed = [str(other) if word == str(folder) else word for word in words]
+    assert main(changed) == 2
+    assert "is of another model, reference or settings" in capsys.readouterr().err
+    assert main([*changed, "--overwrite"]) == 0
     assert len(scored) == 4
 
 
 def test_the_best_trial_and_the_fastest_of_its_equals() -> None:
     trials = [
-        Trial({"num_inference_steps": steps}, fid, (fid - 0.5, fid + 0.5), seconds, {})
+        Trial({"num_inference_steps": steps}, steps, fid, (fid - 0.5, fid + 0.5), seconds, {})
         for steps, fid, seconds in ((4, 5.0, 1.0), (6, 3.4, 1.5), (8, 3.2, 2.0), (10, 3.0, 2.5))
     ]
     lowest, fastest = best(trials)

@@ -123,6 +123,8 @@ def run_model(words: Words) -> None:
 def run_samples(words: Words) -> None:
     from flexvar.evaluation.stored import open_pictures
 
+    if words.out.resolve() == words.pictures.resolve():
+        raise FileExistsError(f"{words.out} holds the pictures; name another file for the report")
     _evaluate(open_pictures(words.pictures), words)
 
 
@@ -172,10 +174,10 @@ def run_sweep(words: Words) -> None:
 
 def run_tokenizer(words: Words) -> None:
     from flexvar.evaluation.tokenizers import evaluate_tokenizer, size_of
+    from flexvar.writing import check_writable
 
     _refuse_processes()
-    if words.out.exists() and not words.overwrite:
-        raise FileExistsError(f"{words.out} exists; choose another --out, or add --overwrite")
+    check_writable(words.out, overwrite=words.overwrite)
     if (words.lpips_vgg is None) != (words.lpips_linear is None):
         raise ValueError("LPIPS needs two files; give both --lpips-vgg and --lpips-linear, or neither")
     sizes = None if words.sizes is None else [size_of(size) for size in words.sizes]

@@ -174,7 +174,7 @@ def _classes_in(root: Path) -> dict[str, list[Path]]:
         raise FileNotFoundError(f"there is no folder {root}: check the path of the pictures")
     entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     loose = [path for path in entries if _is_picture(path.name) and path.is_file()]
-    classes = {path.name: _pictures_below(path) for path in entries if path.is_dir()}
+    classes = {path.name: pictures_below(path) for path in entries if path.is_dir()}
     if not any(classes.values()):
         if not loose:
             wanted = ", ".join(EXTENSIONS)
@@ -188,9 +188,13 @@ def _classes_in(root: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _pictures_below(folder: Path) -> list[Path]:
-    places = os.walk(folder, followlinks=True)
-    return sorted(Path(place, name) for place, _, names in places for name in names if _is_picture(name))
+def pictures_below(folder: Path) -> list[Path]:
+    """The pictures in a folder and those below it, links to folders included and what is hidden left out, in the order of their paths."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if _is_picture(name)]
+    return sorted(found)
 
 
 def _is_picture(name: str) -> bool:

@@ -37,6 +37,8 @@ class DrawnPictures:
             settings.get("height"), settings.get("width"), settings.get("num_inference_steps"), settings.get("schedule")
         )
         self._guidance, self._sampling = pipe.guidance_of(**settings), pipe.sampling_of(**settings)
+        if not all(weight.isfinite().all() for network in (pipe.tokenizer, pipe.transformer) for weight in network.parameters()):
+            raise ValueError(f"{name} has weights that are not finite; copy, fetch or train it again")
         f = pipe.tokenizer.config.downsample
         self.size = self.schedule[-1][0] * f, self.schedule[-1][1] * f
         self.labels: list[str] | None = [pipe.class_name(place % self._classes) for place in range(len(self))]

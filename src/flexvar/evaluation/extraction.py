@@ -38,7 +38,7 @@ class FeatureStore:
 
     def __init__(self, folder: Path, count: int, about: Mapping[str, Any], *, overwrite: bool = False, begin: bool = True) -> None:
         self.folder, self._count = folder, count
-        about = json.loads(json.dumps({**about, "features": VERSION, "pictures a piece": PIECE}))
+        about = _flat(json.loads(json.dumps({**about, "features": VERSION, "pictures a piece": PIECE})))
         path = folder / ABOUT
         if not path.is_file() and not begin:
             raise FileNotFoundError(f"this process sees no {path}; all processes must share the folder of --out")
@@ -50,9 +50,11 @@ class FeatureStore:
                 f"{folder} holds unfinished work with other settings ({different[0]}: {was}, not {now}); "
                 "add --overwrite, or use another --out"
             )
-        if before and different:
-            shutil.rmtree(folder)
-        if different:
+        self.fresh = bool(different)  # whether nothing of it was there
+        if self.fresh:
+            path.unlink(missing_ok=True)  # first, so that pieces that are left by a kill belong to nothing
+            for piece in folder.glob("piece-*"):
+                piece.unlink()
             folder.mkdir(parents=True, exist_ok=True)
             write_json(path, about)
 
@@ -88,6 +90,7 @@ class FeatureStore:
 
     def remove(self) -> None:
         """Deletes all of it."""
+        (self.folder / ABOUT).unlink()
         shutil.rmtree(self.folder)
 
     def _path(self, part: range) -> Path:
@@ -101,6 +104,14 @@ class FeatureStore:
                 return {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118 - it is no dictionary
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and run the command again") from error
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under names like "samples.seeds", so that a difference can be told in a few words."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def joined(parts: list[Features]) -> Features:

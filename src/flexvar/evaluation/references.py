@@ -12,8 +12,10 @@ from torch import Tensor
 from flexvar.evaluation.extraction import FeatureStore, extract
 from flexvar.evaluation.extractors import Extractor, Features
 from flexvar.evaluation.metrics import RunningMoments, frechet_distance, moments
-from flexvar.evaluation.stored import PICTURES, PictureSet, array_names, open_npz, open_pictures, read_array, write_npz
+from flexvar.evaluation.npz import PICTURES, array_names, open_npz, read_array, write_npz
+from flexvar.evaluation.stored import PictureSet, chosen, open_pictures
 from flexvar.schedule import Size
+from flexvar.writing import check_writable
 from flexvar.zoo import cache_folder, sha256
 
 Moments = tuple[np.ndarray, np.ndarray]
@@ -33,8 +35,8 @@ class Reference:
     spatial: Moments | None = None
     pool: Tensor | None = None  # (N, F), of the pictures; None where only moments are known
     size: Size | None = None  # (height, width) of the pictures
-    stored: bool = True  # whether the moments were read from the file, not made of its pictures
-    notes: list[str] = field(default_factory=list)  # what a reader of the scores should know
+    stored: tuple[str, ...] = ()  # which moments were read from the file ("pool", "spatial"), not made of its pictures
+    caveats: list[str] = field(default_factory=list)  # what keeps scores against it from being compared with published ones
 
 
 def read_reference(path: Path | str, extractor: Extractor) -> Reference:
@@ -49,13 +51,19 @@ def read_reference(path: Path | str, extractor: Extractor) -> Reference:
     if names and PICTURES not in names:
         if "pool" not in stored:
             raise ValueError(f"{path} is no reference: it holds {', '.join(names)}, but neither mu and sigma nor {PICTURES}")
-        notes = ["the reference has moments alone: no precision and recall, and nothing tells which extractor made it"]
-        return Reference(path.name, sha256(path), stored["pool"], stored.get("spatial"), notes=notes)
+        caveats = ["the reference has moments alone, and nothing tells which extractor made them"]
+        return Reference(path.name, sha256(path), stored["pool"], stored.get("spatial"), stored=tuple(stored), caveats=caveats)
     pictures = open_pictures(path)
     check_widths(path.name, stored, extractor, pictures.size)
     features = _cached(pictures, extractor).read()
-    made = _moments_of(features, path)
-    notes = [*pictures.caveats, *([_disagreement(stored["pool"], made["pool"], len(pictures))] if "pool" in stored else [])]
+    if len(features.pool) < 2 and "pool" not in stored:
+        raise ValueError(TOO_FEW.format(path))
+    made = moments_of(features) if len(features.pool) > 1 else {}
+    caveats = list(pictures.caveats)
+    if "pool" not in stored or EXTRACTOR in names:
+        caveats.append("the reference was made here and is no published one")
+    elif made:
+        caveats += _disagreement(stored["pool"], made["pool"], len(pictures))
     used = {**made, **stored}
     return Reference(
         path.name,
@@ -64,8 +72,8 @@ def read_reference(path: Path | str, extractor: Extractor) -> Reference:
         used.get("spatial"),
         features.pool,
         pictures.size,
-        "pool" in stored,
-        [note for note in notes if note],
+        tuple(stored),
+        caveats,
     )
 
 
@@ -85,11 +93,10 @@ def write_reference(
 ) -> int:
     """Writes what a folder of pictures (or an .npz of them) is as a reference of ADM's layout; gives the number of pictures.
 
-    The moments are those of all pictures; `keep` of them, evenly chosen, go into the file for precision and recall.
+    The moments are those of all pictures; `keep` of them, as many of each class as can be, go into the file for precision and recall.
     size: (height, width) to which the pictures are resized and cropped.
     """
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another file, or add --overwrite")
+    check_writable(out, overwrite=overwrite)
     if keep < 1:
         raise ValueError(f"{keep} pictures are to be kept; keep at least 1")
     pictures = open_pictures(folder, size)
@@ -100,13 +107,13 @@ def write_reference(
             spatial.add(piece.spatial)
     if pool.count < 2:
         raise ValueError(TOO_FEW.format(folder))
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(keep, len(pictures))).round().astype(int)).tolist()
+    kept = chosen(pictures, keep)
     arrays = dict(zip(("mu", "sigma"), pool.moments(), strict=True)) | {EXTRACTOR: np.array(extractor.sha256)}
     if spatial.count:
         arrays |= dict(zip(("mu_s", "sigma_s"), spatial.moments(), strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
-    single = (batch for index in chosen for batch in pictures.batches(range(index, index + 1)))
-    write_npz(out, arrays, len(chosen), pictures.size, single)
+    single = (batch for place in kept for batch in pictures.batches(range(place, place + 1)))
+    write_npz(out, arrays, len(kept), pictures.size, single)
     return len(pictures)
 
 
@@ -114,12 +121,6 @@ def moments_of(features: Features) -> dict[str, Moments]:
     """The moments of pool features ("pool") and, where there are some, of spatial ones ("spatial")."""
     spatial = {} if features.spatial is None else {"spatial": moments(features.spatial)}
     return {"pool": moments(features.pool), **spatial}
-
-
-def _moments_of(features: Features, path: Path | str) -> dict[str, Moments]:
-    if len(features.pool) < 2:
-        raise ValueError(TOO_FEW.format(path))
-    return moments_of(features)
 
 
 def _cached(pictures: PictureSet, extractor: Extractor) -> FeatureStore:
@@ -139,18 +140,27 @@ def _stored_moments(path: Path, extractor: Extractor) -> tuple[dict[str, Moments
         stored = {}
         for kind, suffix in (("pool", ""), ("spatial", "_s")):
             if f"mu{suffix}" in names and f"sigma{suffix}" in names:
-                mu, sigma = (read_array(archive, name + suffix, path).astype(np.float64) for name in ("mu", "sigma"))
-                if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                mu, sigma = (read_array(archive, name + suffix, path) for name in ("mu", "sigma"))
+                if not _are_moments(mu, sigma):
                     raise ValueError(f"mu{suffix} {mu.shape} and sigma{suffix} {sigma.shape} of {path} are no finite mean and covariance")
-                stored[kind] = mu, sigma
+                stored[kind] = mu.astype(np.float64), sigma.astype(np.float64)
         maker = str(read_array(archive, EXTRACTOR, path)) if EXTRACTOR in names else None
     if maker not in (None, extractor.sha256):
         raise ValueError(f"{path} was made with another extractor than {extractor.name} (sha256 {maker}); take that one, or write it anew")
     return stored, names
 
 
-def _disagreement(stored: Moments, made: Moments, count: int) -> str:
-    """A note where the pictures of a reference do not look like a sample of those that its stored moments come from; else nothing.
+def _are_moments(mu: np.ndarray, sigma: np.ndarray) -> bool:
+    """Whether these are real, finite, of fitting shapes, and sigma symmetric with no variance below 0."""
+    if not {mu.dtype.kind, sigma.dtype.kind} <= set("fiu") or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
+        return False
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        return False
+    return bool(np.abs(sigma - sigma.T).max() <= 1e-3 * np.abs(sigma).max() and np.diag(sigma).min() >= 0)
+
+
+def _disagreement(stored: Moments, made: Moments, count: int) -> list[str]:
+    """A caveat where the pictures of a reference do not look like a sample of those that its stored moments come from; else nothing.
 
     The mean of `count` such pictures has the variance sigma / count: the squared shift of the means over it is 1 on average. Other
     pictures, another extractor or another way of resizing shift them by far more.
@@ -159,8 +169,8 @@ def _disagreement(stored: Moments, made: Moments, count: int) -> str:
     spread = variance > 1e-12
     shift = float(np.mean(count * (stored[0] - made[0])[spread] ** 2 / variance[spread])) if spread.any() else 0.0
     if shift <= SHIFTED:
-        return ""
-    return (
+        return []
+    return [
         f"the stored moments of the reference disagree with its own pictures (means shifted by {shift:.1f} times what chance allows, "
         f"Fréchet distance {frechet_distance(*stored, *made):.3g}); the stored ones are used"
-    )
+    ]

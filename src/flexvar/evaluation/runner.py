@@ -11,10 +11,12 @@ import torch.distributed as dist
 
 from flexvar.evaluation.extraction import FeatureStore, extract
 from flexvar.evaluation.extractors import Extractor
+from flexvar.evaluation.npz import CLASSES, write_npz
 from flexvar.evaluation.references import Reference, check_widths, read_reference
 from flexvar.evaluation.report import machine
 from flexvar.evaluation.scores import Report, check, score
-from flexvar.evaluation.stored import CLASSES, PictureSet, write_npz
+from flexvar.evaluation.stored import PictureSet
+from flexvar.writing import check_writable
 
 
 def evaluate(
@@ -42,18 +44,23 @@ def evaluate(
         "extractor": extractor.sha256,
         "machine": machine(extractor.device),
         "pictures kept": npz is not None,
-        "files": None if pngs is None else str(pngs),
+        "files": None if pngs is None else str(pngs.resolve()),
     }
     if rank == 0:
-        for path in (out, npz):
-            if path is not None and path.exists() and not overwrite:
-                raise FileExistsError(f"{path} exists; choose another file, or add --overwrite")
-        if pngs is not None and not folder.exists():
-            _clear(pngs, overwrite)
+        check_writable(out, npz, overwrite=overwrite or folder.exists())
+        if out.exists() and not overwrite:
+            raise FileExistsError(f"{out} exists; choose another file, or add --overwrite")
         against = reference if isinstance(reference, Reference) else read_reference(reference, extractor)
         check(pictures, against)
-        check_widths(against.name, {"pool": against.moments}, extractor, pictures.size)
+        moments = {"pool": against.moments} | ({} if against.spatial is None else {"spatial": against.spatial})
+        check_widths(against.name, moments, extractor, pictures.size)
         store = FeatureStore(folder, len(pictures), about, overwrite=overwrite)
+        if pngs is not None and store.fresh:
+            try:
+                _clear(pngs, overwrite)
+            except FileExistsError:
+                store.remove()
+                raise
     _wait()
     if rank > 0:
         store = FeatureStore(folder, len(pictures), about, begin=False)
@@ -89,6 +96,9 @@ def _class_indices(labels: Sequence[str] | None) -> dict[str, np.ndarray]:
 
 
 def _wait() -> None:
-    """Until every process has come this far."""
+    """Until every process has come this far. ValueError where another one has failed."""
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise ValueError("another process failed, and its own line says why") from error

@@ -91,14 +91,14 @@ def score(pictures: PictureSet, features: Features, reference: Reference, extrac
     return Report(
         _scores(features, reference),
         _intervals(pictures.labels, features, reference) if intervals else {},
-        caveats(pictures, features, extractor),
-        [*reference.notes, *_notes(pictures, dimensions)],
+        [*caveats(pictures, features, extractor), *reference.caveats],
+        _notes(pictures, dimensions),
         {**pictures.about, "count": count, "height": height, "width": width, "class counts": counts},
         {
             "name": reference.name,
             "sha256": reference.sha256,
             "pictures": None if reference.pool is None else len(reference.pool),
-            "moments": "stored" if reference.stored else "made of its pictures",
+            "stored moments": list(reference.stored),  # others were made of its pictures
         },
         {"name": extractor.name, "sha256": extractor.sha256, "features": dimensions},
         machine(extractor.device),

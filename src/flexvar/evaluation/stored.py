@@ -1,12 +1,13 @@
-"""Pictures that lie in files: ADM's .npz, read and written without holding it whole, and folders."""
+"""Pictures that lie in files: ADM's .npz, read without holding it whole, and folders."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -16,13 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flexvar.data.images import EXTENSIONS, fitted, open_picture
+from flexvar.data.images import EXTENSIONS, fitted, open_picture, pictures_below
+from flexvar.evaluation.npz import CLASSES, PICTURES, array_header, array_names, open_npz, read_array
 from flexvar.schedule import Size
-from flexvar.writing import write_whole
 from flexvar.zoo import sha256
 
 AT_ONCE = 50  # pictures in a batch
-PICTURES, CLASSES = "arr_0", "arr_1"  # of an .npz, as ADM names them
 LOSSY = (".jpg", ".jpeg", ".webp")
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, height and width change places
 
@@ -72,6 +72,14 @@ def open_pictures(path: Path | str, size: Size | None = None) -> NpzPictures | F
     return NpzPictures(path)
 
 
+def chosen(pictures: PictureSet, count: int) -> list[int]:
+    """The places of `count` of the pictures (of all, where there are no more): as many of each class as can be, else evenly spread."""
+    labels, available = pictures.labels, len(pictures)
+    places = range(available) if labels is None else sorted(range(available), key=labels.__getitem__)
+    count = min(count, available)
+    return sorted(places[i * available // count] for i in range(count))
+
+
 class NpzPictures:
     """The array arr_0 of an .npz, uint8 (N, H, W, 3), read part by part; arr_1, if there is one, holds the class of each picture.
 
@@ -85,12 +93,15 @@ class NpzPictures:
             if PICTURES not in (names := array_names(archive)):
                 raise ValueError(f"{path} holds no pictures: it has no array {PICTURES}, but {', '.join(names) or 'nothing'}")
             with archive.open(f"{PICTURES}.npy") as file:
-                shape, fortran, dtype = _header(file, path)
+                shape, fortran, dtype = array_header(file, path)
+            stored = archive.getinfo(f"{PICTURES}.npy").file_size
             labels = read_array(archive, CLASSES, path) if CLASSES in names else None
         if dtype != np.uint8:
             raise ValueError(f"{PICTURES} of {path} is {dtype}; pictures must be uint8 from 0 to 255: convert and write them again")
-        if len(shape) != 4 or shape[3] != 3 or fortran or not all(shape):
+        if len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
             raise ValueError(f"{PICTURES} of {path} has shape {shape}; it must be (N, H, W, 3), N at least 1, in C order")
+        if math.prod(shape) > stored:
+            raise ValueError(f"{PICTURES} of {path} is damaged: it claims the shape {shape} and holds {stored} bytes; write it again")
         if labels is not None and labels.shape != shape[:1]:
             raise ValueError(f"{CLASSES} of {path} has shape {labels.shape} instead of {shape[:1]}, one class a picture")
         self._count, self.size = int(shape[0]), (int(shape[1]), int(shape[2]))
@@ -119,7 +130,7 @@ class NpzPictures:
         one = self.size[0] * self.size[1] * 3
         if self._file is None or start < self._next:
             self._file, self._next = open_npz(self.path).open(f"{PICTURES}.npy"), 0
-            _header(self._file, self.path)
+            array_header(self._file, self.path)
         self._file.seek((start - self._next) * one, os.SEEK_CUR)
         self._next = start + count
         return self._file.read(count * one)
@@ -134,7 +145,9 @@ class FolderPictures:
 
     def __init__(self, folder: Path, size: Size | None = None) -> None:
         self.folder, self._resized = folder, size
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+        if size is not None and min(size) < 1:
+            raise ValueError(f"the pictures are to have {size[0]} x {size[1]} px; give sides of at least 1")
+        self.paths = pictures_below(folder)
         if not self.paths:
             raise FileNotFoundError(f"there are no pictures in {folder}; it must hold {', '.join(EXTENSIONS)} files")
         lossy = sum(path.suffix.lower() in LOSSY for path in self.paths)
@@ -149,7 +162,7 @@ class FolderPictures:
 
     def batches(self, part: range) -> Iterator[Tensor]:
         for start in range(part.start, part.stop, AT_ONCE):
-            pictures = [self._picture(path) for path in self.paths[start : min(start + AT_ONCE, part.stop)]]
+            pictures = [self._picture(index) for index in range(start, min(start + AT_ONCE, part.stop))]
             yield torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
 
     @cached_property
@@ -171,9 +184,13 @@ class FolderPictures:
         dealt.sort()
         self.paths, self.labels = [path for *_, path in dealt], [label for _, label, _ in dealt]
 
-    def _picture(self, path: Path) -> np.ndarray:
-        picture = open_picture(path)
-        return np.asarray(picture if self._resized is None else fitted(picture, self._resized))
+    def _picture(self, index: int) -> np.ndarray:
+        picture = open_picture(self.paths[index])
+        if self._resized is not None:
+            picture = fitted(picture, self._resized)
+        if (picture.height, picture.width) != self.size:
+            raise ValueError(f"{self.paths[index]} has {picture.height} x {picture.width} px, the others {self.size[0]} x {self.size[1]}")
+        return np.asarray(picture)
 
     def _common_size(self) -> Size:
         """(height, width) of all pictures; ValueError, naming two of them, where they differ."""
@@ -181,9 +198,10 @@ class FolderPictures:
         for path in self.paths:
             try:
                 with Image.open(path) as image:
-                    lying = image.getexif().get(ORIENTATION, 1) >= 5  # as stored; it is turned when it is read
-                    size = (image.width, image.height) if lying else (image.height, image.width)
-            except OSError as error:
+                    # As stored; it is turned when it is read. Where nothing is known yet, a PNG would have to be decoded to tell.
+                    turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
+                    size = (image.width, image.height) if turned else (image.height, image.width)
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{path} is not an image; replace or remove it") from error
             first = first or (path, size)
             if size != first[1]:
@@ -191,57 +209,3 @@ class FolderPictures:
                 raise ValueError(f"the pictures in {self.folder} have different sizes: {one}, {other}; bring them to one size")
         assert first is not None
         return first[1]
-
-
-def open_npz(path: Path) -> zipfile.ZipFile:
-    """The archive that an .npz is. ValueError where it is none, or is truncated."""
-    try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is no .npz file, or a truncated one; copy or write it again") from error
-
-
-def array_names(archive: zipfile.ZipFile) -> list[str]:
-    """The names of an .npz's arrays."""
-    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-
-
-def read_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
-    """One array of an .npz. ValueError where it is missing or damaged."""
-    try:
-        with archive.open(f"{name}.npy") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except KeyError as error:
-        raise ValueError(f"{path} has no array {name}, but {', '.join(array_names(archive)) or 'nothing'}") from error
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{name} of {path} is damaged ({error}); copy or write the file again") from error
-
-
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray], count: int, size: Size, batches: Iterable[Tensor]) -> None:
-    """Writes an .npz of ADM's layout: pictures, handed over as uint8 batches (B, 3, H, W), in arr_0, and other arrays beside them.
-
-    It appears when it is complete. Nothing is compressed, as ADM's are not.
-    """
-
-    def write(beside: Path) -> None:
-        with zipfile.ZipFile(beside, "w") as archive:
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-            with archive.open(f"{PICTURES}.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size, 3)}
-                np.lib.format.write_array_header_1_0(file, header)
-                for batch in batches:
-                    file.write(batch.permute(0, 2, 3, 1).contiguous().numpy().data)
-
-    write_whole(path, write)
-
-
-def _header(file: Any, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and dtype of the array that a .npy file begins with."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(file)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{PICTURES} of {path} is damaged ({error}); copy or write the file again") from error

@@ -37,6 +37,7 @@ class Trial:
     """One point of the grid."""
 
     settings: Mapping[str, Any]
+    scales: int  # that were drawn: fewer than the steps asked for, where equal ones merge
     fid: float
     interval: tuple[float, float]  # 95 %
     seconds: float  # a picture, median of TIMED batches
@@ -64,6 +65,7 @@ def sweep(
 ) -> list[Trial]:
     """Scores a model at every point of a grid of settings, all with the same seeds; goes on where it was interrupted.
 
+    FileExistsError where `out` holds trials of something else and `overwrite` is not set.
     grid: values by keyword of `FlexVARPipeline.stream`, those of SWEPT. out: a folder that gets a report a point. Raises ValueError for an
     empty grid or a wrong setting, before anything is drawn.
     """
@@ -77,14 +79,14 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     trials = []
     for point, drawn in zip(points, pictures, strict=True):
-        path = out / f"{re.sub('[^0-9a-z.]+', '-', name_of(point))}.trial.json"
+        path = out / f"{re.sub('[^0-9a-z.-]+', '-', name_of(point))}.trial.json"
         of = {"samples": drawn.about, "reference": against.sha256, "extractor": extractor.sha256, "machine": machine(extractor.device)}
-        if path.is_file() and not overwrite and (before := _read(path, of)) is not None:
-            trials.append(before)
+        if path.is_file() and not overwrite:
+            trials.append(_read(path, of))
             continue
         report = evaluate(drawn, against, extractor, path.with_suffix(".scores.json"), intervals=True, overwrite=True)
         assert report is not None  # there is one process
-        trial = Trial(point, report.scores["fid"], report.intervals["fid"], _seconds_a_picture(drawn), report.scores)
+        trial = Trial(point, len(drawn.schedule), report.scores["fid"], report.intervals["fid"], _seconds_a_picture(drawn), report.scores)
         write_json(path, {"of": of, **asdict(trial)})
         trials.append(trial)
     return trials
@@ -105,12 +107,13 @@ def table(trials: Sequence[Trial]) -> str:
     """The trials from the best FID to the worst, each on a line, and which to take."""
     names = [trial.name for trial in trials]
     width = max(map(len, names))
-    lines = [f"{'settings':<{width}}  {'FID':>8}  {'95 %':>17}  {'IS':>7}  {'precision':>9}  {'recall':>6}  {'s a picture':>11}"]
+    titles = f"{'scales':>6}  {'FID':>8}  {'95 %':>17}  {'IS':>7}  {'precision':>9}  {'recall':>6}  {'s a picture':>11}"
+    lines = [f"{'settings':<{width}}  {titles}"]
     for trial in sorted(trials, key=lambda trial: trial.fid):
         low, high = trial.interval
         others = [trial.scores.get(name, float("nan")) for name in ("inception_score", "precision", "recall")]
         lines.append(
-            f"{trial.name:<{width}}  {trial.fid:>8.3f}  {f'{low:.3f} to {high:.3f}':>17}  "
+            f"{trial.name:<{width}}  {trial.scales:>6}  {trial.fid:>8.3f}  {f'{low:.3f} to {high:.3f}':>17}  "
             f"{others[0]:>7.2f}  {others[1]:>9.3f}  {others[2]:>6.3f}  {trial.seconds:>11.4f}"
         )
     lowest, fastest = best(trials)
@@ -139,10 +142,8 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
         times, values = [trial.seconds for trial in own], [trial.fid for trial in own]
         axis.errorbar(times, values, errors, marker="o", capsize=3, label=name_of(dict(group)) or None)
         for trial in own:
-            told = " ".join(str(value) for name, value in trial.settings.items() if name in speed)
-            axis.annotate(told, (trial.seconds, trial.fid), xytext=(5, 5), textcoords="offset points", fontsize=9)
-    swept = [name for name in speed if name in trials[0].settings]
-    axis.set_title(f"figures at the points: {SWEPT[swept[0]]}" if swept else "", fontsize=10)
+            axis.annotate(str(trial.scales), (trial.seconds, trial.fid), xytext=(5, 5), textcoords="offset points", fontsize=9)
+    axis.set_title("at each point the number of scales", fontsize=10)
     axis.set_yscale("log")
     axis.set_xlabel("seconds a picture")
     axis.set_ylabel("FID and its 95 % interval (lower is better)")
@@ -153,12 +154,15 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
     plt.close(figure)
 
 
-def _read(path: Path, of: Mapping[str, Any]) -> Trial | None:
-    """A trial of an earlier run, unless it was of something else."""
+def _read(path: Path, of: Mapping[str, Any]) -> Trial:
+    """A trial of an earlier run. FileExistsError where it is of something else, ValueError where it is damaged."""
     content = read_json(path)
     if content.pop("of", None) != json.loads(json.dumps(of)):
-        return None
-    return Trial(**{**content, "interval": tuple(content["interval"])})
+        raise FileExistsError(f"{path} is of another model, reference or settings; choose another --out, or add --overwrite")
+    try:
+        return Trial(**{**content, "interval": tuple(content["interval"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run the command again") from error
 
 
 def _seconds_a_picture(drawn: DrawnPictures) -> float:

@@ -18,7 +18,7 @@ from flexvar.evaluation.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from flexvar.evaluation.metrics import RunningMoments, frechet_distance
 from flexvar.evaluation.reconstruction import ScaleQuality, rebuilt_by_scale, unmeasured, use_of_all
 from flexvar.evaluation.report import FORMAT, PUBLISHED_COUNT, machine, write_json
-from flexvar.evaluation.stored import PictureSet, open_pictures
+from flexvar.evaluation.stored import PictureSet, chosen, open_pictures
 from flexvar.models import model_folder
 from flexvar.progress import progress
 from flexvar.schedule import FINEST, Schedule, ScheduleLike, Size, grid_of
@@ -122,7 +122,7 @@ def evaluate_tokenizer(
         raise ValueError(f"the tokenizer of {name} has weights that are not finite; copy, fetch or train it again")
     sets = [open_pictures(data, size) for size in _sizes(model, data, sizes, schedule)]
     schedules = [schedule_at(model, pictures.size, steps, schedule) for pictures in sets]  # complains of all sizes before any work
-    places = _evenly(len(sets[0]), count)
+    places = chosen(sets[0], len(sets[0]) if count is None else count)
     if extractor is not None and len(places) < 2:
         raise ValueError("rFID cannot be had of a single picture; give more, or leave it out with --extractor none")
     perceptual = None if lpips is None else load_lpips(*lpips).to(device)
@@ -138,7 +138,7 @@ def evaluate_tokenizer(
             "downsampling": config.downsample,
             "codebook size": config.codebook_size,
         },
-        {"pictures": about["pictures"], "sha256": about["sha256"], "count": len(places)},
+        {"pictures": about["pictures"], "sha256": about["sha256"], "count": len(places), "pictures at a time": batch},
         measured,
         None if extractor is None else {"name": extractor.name, "sha256": extractor.sha256},
         None if lpips is None else {"vgg sha256": sha256(lpips[0]), "linear sha256": sha256(lpips[1])},
@@ -216,17 +216,9 @@ def _quality(
     return scales
 
 
-def _evenly(available: int, count: int | None) -> list[int]:
-    """The places of `count` of the pictures, spread evenly; of all of them where there are no more."""
-    count = available if count is None else min(count, available)
-    return [i * available // count for i in range(count)]
-
-
 def _read(pictures: PictureSet, places: Sequence[int]) -> Tensor:
     """The pictures at some places in growing order: uint8 (B, 3, H, W)."""
-    neighbours = places[-1] - places[0] == len(places) - 1
-    runs = [range(places[0], places[-1] + 1)] if neighbours else [range(place, place + 1) for place in places]
-    return torch.cat([batch for run in runs for batch in pictures.batches(run)])
+    return torch.cat([batch for place in places for batch in pictures.batches(range(place, place + 1))])
 
 
 def _caveats(extractor: Extractor, count: int) -> list[str]:
