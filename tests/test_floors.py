@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("writing", "progress", "sheet", "checks", "arguments", "processes"),
     ),
     ("tokenizer", "transformer", "data", "labels"),
-    ("generation", "accounting"),
+    ("generation", "accounting", "int8"),
     ("editing", "checkpoint", "official", "zoo", "memory"),
     ("models",),
     ("pipeline",),

@@ -117,7 +117,7 @@ def test_as_many_are_drawn_at_the_same_time_as_fit(pipe: FlexVARPipeline, monkey
     sizes, draw = [], generation.generate
     monkeypatch.setattr("flexvar.pipeline.generate", lambda *given, **named: (sizes.append(len(given[2])), draw(*given, **named))[1])
     for free, expected in ((two, [2, 2, 1]), (0, [1] * 5), (None, [5])):
-        monkeypatch.setattr("flexvar.pipeline.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         sizes.clear()
         assert torch.allclose(pipe(list("abcde"), **settings).images, together, atol=1e-5)
         assert sizes == expected
@@ -135,7 +135,7 @@ def test_what_is_drawn_and_decoded_fails_in_one_line(pipe: FlexVARPipeline, monk
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "decode", no_room)
         with pytest.raises(MemoryError, match=words) as caught:
-            pipe(["a", "b"], **settings)
+            pipe(["a", "b"], batch_size=2, **settings)
         assert "\n" not in str(caught.value)
         *_, last = pipe.stream(["a", "b"], **settings)
         with pytest.raises(MemoryError, match=words):
@@ -143,7 +143,7 @@ def test_what_is_drawn_and_decoded_fails_in_one_line(pipe: FlexVARPipeline, monk
     with monkeypatch.context() as patch:
         patch.setattr(Transformer, "step", no_room)
         with pytest.raises(MemoryError, match=words):
-            pipe(["a", "b"], **settings)
+            pipe(["a", "b"], batch_size=2, **settings)
     with monkeypatch.context() as patch:
         patch.setattr("flexvar.generation.uniform_numbers", no_room)
         with pytest.raises(MemoryError, match=words):

@@ -66,6 +66,11 @@ class Drawing(ContextDecorator):
         """The most pictures of this size that fit into so many bytes, up to the batch itself; 0 if not even one does."""
         return bisect_right(range(1, self.batch + 1), False, key=lambda batch: not replace(self, batch=batch).fits(free))
 
+    def at_once(self) -> int:
+        """How many of the pictures to draw at the same time in the memory that is free; at least one is tried."""
+        free = free_memory(self.device)
+        return self.batch if free is None or self.fits(free) else max(1, self.largest_batch(free))
+
     def complaint(self, free: int | None) -> str:
         """One line for when memory ran out: what there is enough for in so many bytes, if that is known."""
         asked, f = self.schedule[-1], self.tokenizer.downsample

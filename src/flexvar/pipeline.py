@@ -7,15 +7,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import huggingface_hub
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from flexvar import editing, labels
+from flexvar import editing, int8, labels
 from flexvar.arguments import seeds_of, whole_number
 from flexvar.checkpoint import Defaults, Model, load, save
 from flexvar.data import fitted, upright_rgb
@@ -23,16 +22,13 @@ from flexvar.data.given import GivenPictures
 from flexvar.editing import Edit
 from flexvar.generation import Keep, Step, generate
 from flexvar.labels import Label
-from flexvar.memory import Drawing, free_memory
+from flexvar.memory import Drawing
 from flexvar.models import model_folder, released_model, write_released
 from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
 from flexvar.schedule import Schedule, ScheduleLike, grid_of
-from flexvar.sheet import to_pil
+from flexvar.sheet import Images, OutputType, as_output, check_output_type
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
-
-OutputType: TypeAlias = Literal["pil", "np", "pt"]
-Images: TypeAlias = list[Image.Image] | np.ndarray | Tensor
 
 S = TypeVar("S", Guidance, Sampling)
 
@@ -60,6 +56,7 @@ class FlexVARPipeline:
         self.transformer: Transformer = model.transformer
         self.class_names = model.class_names
         self.defaults: Defaults = model.defaults
+        self.precision = _name_of(self.transformer)  # of the weights, as reports call it
 
     # -- where it comes from and goes to --
 
@@ -79,10 +76,12 @@ class FlexVARPipeline:
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the model folder. Raises FileExistsError when it holds a model and `overwrite` is not set."""
+        self._refuse_int8()
         save(self.model, folder, overwrite=overwrite)
 
     def save_released(self, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
         """Writes the two .pth files that the released code loads; gives their paths, tokenizer first."""
+        self._refuse_int8()
         return write_released(self.model, folder, overwrite=overwrite)
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
@@ -94,9 +93,21 @@ class FlexVARPipeline:
 
     def to(self, *device_or_dtype: str | torch.device | torch.dtype) -> FlexVARPipeline:
         """Moves both networks to a device, a dtype, or both: pipe.to("cuda", torch.bfloat16)."""
+        self._refuse_int8()
         for network in (self.tokenizer, self.transformer):
             network.to(*device_or_dtype)  # type: ignore[call-overload]
+        self.precision = _name_of(self.transformer)
         return self
+
+    def to_int8(self) -> FlexVARPipeline:
+        """Rounds the transformer's weights to 8 bits, for good: on CPUs faster, at a price (docs/speed.md). ValueError on other devices."""
+        int8.to_int8(self.transformer)
+        self.precision = "int8"
+        return self
+
+    def _refuse_int8(self) -> None:
+        if self.precision == "int8":
+            raise ValueError("a model with 8-bit weights stays where it is and is not saved; load it again from its folder")
 
     # -- drawing --
 
@@ -115,7 +126,7 @@ class FlexVARPipeline:
         batch_size: pictures drawn at the same time, by default as many as free memory holds; it changes speed, not the pictures.
         output_type: "pil", "np" or "pt". The other keywords are those of `stream`.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         listed = _listed(class_labels, edit)
         indices, seeds = self.labels_of(listed), seeds_of(settings.pop("seed", None), len(listed))
         at_once = self._fitting(len(listed), edit, **settings) if batch_size is None else whole_number(batch_size, "batch_size")
@@ -126,7 +137,7 @@ class FlexVARPipeline:
             part = slice(start, start + at_once)
             *_, last = self.stream(listed[part], edit=edit and edit.part(part), seed=seeds[part], **settings)
             drawn.append(last.images.float().cpu())
-        return FlexVAROutput(_as(torch.cat(drawn), output_type), indices, seeds)
+        return FlexVAROutput(as_output(torch.cat(drawn), output_type), indices, seeds)
 
     def stream(
         self,
@@ -241,7 +252,7 @@ class FlexVARPipeline:
 
         By default the largest size within the picture's own that the tokenizer takes.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         if not isinstance(image, Image.Image):
             raise ValueError(f"the image is a {type(image).__name__}; give a PIL picture, for example from PIL.Image.open")
         if 0 in image.size:
@@ -254,7 +265,7 @@ class FlexVARPipeline:
         pixels = torch.from_numpy(np.array(fitted(image, (height, width)))).permute(2, 0, 1)[None]
         with self._drawing(Schedule((grid,)), 1, Guidance("constant", 1.0)):
             (codes,) = self.tokenizer.codes(self.tokenizer.features(pixels.to(weight) / 127.5 - 1), [grid])
-            return FlexVAROutput(_as(self.tokenizer.decode(codes).float().cpu(), output_type), [], [])
+            return FlexVAROutput(as_output(self.tokenizer.decode(codes).float().cpu(), output_type), [], [])
 
     def _drawing(self, schedule: Schedule, batch: int, guidance: Guidance) -> Drawing:
         """What is about to be drawn, so that running out of memory is told with the size that fits."""
@@ -276,9 +287,7 @@ class FlexVARPipeline:
         if pictures == 1:
             return 1
         grids = self.schedule_of(height, width, num_inference_steps, schedule, edit)
-        drawing = self._drawing(grids, pictures, self.guidance_of(**settings))
-        free = free_memory(drawing.device)
-        return pictures if free is None or drawing.fits(free) else max(1, drawing.largest_batch(free))
+        return self._drawing(grids, pictures, self.guidance_of(**settings)).at_once()
 
     # -- what the words mean --
 
@@ -361,19 +370,10 @@ def _listed(class_labels: Label | Sequence[Label], edit: Edit | None = None) -> 
     return listed
 
 
-def _check_output_type(output_type: str) -> None:
-    if output_type not in ("pil", "np", "pt"):
-        raise ValueError(f"output_type is {output_type!r}; give 'pil', 'np' or 'pt'")
+def _name_of(transformer: Transformer) -> str:
+    return str(transformer.head.weight.dtype).removeprefix("torch.")
 
 
 def _replaced(defaults: S, **given: Any) -> S:
     """Settings with those changed that were given."""
     return replace(defaults, **{name: value for name, value in given.items() if value is not None})
-
-
-def _as(images: Tensor, output_type: OutputType) -> Images:
-    """Pictures (B, 3, H, W) in about [-1, 1] as a call gives them."""
-    if output_type == "pil":
-        return to_pil(images)
-    scaled = (images.clamp(-1, 1) + 1) / 2
-    return scaled if output_type == "pt" else scaled.permute(0, 2, 3, 1).numpy()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 T = TypeVar("T")
+
+OutputType: TypeAlias = Literal["pil", "np", "pt"]
+Images: TypeAlias = list[Image.Image] | np.ndarray | Tensor
 
 INK, PAPER = (40, 44, 52), (255, 255, 255)
 CAPTION = 14  # px
@@ -23,6 +27,20 @@ def to_uint8(images: Tensor) -> Tensor:
 def to_pil(images: Tensor) -> list[Image.Image]:
     """PIL pictures of (B, 3, H, W) in about [-1, 1]; what lies outside is cut off."""
     return [Image.fromarray(picture) for picture in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises ValueError for another name than "pil", "np" and "pt"."""
+    if output_type not in ("pil", "np", "pt"):
+        raise ValueError(f"output_type is {output_type!r}; give 'pil', 'np' or 'pt'")
+
+
+def as_output(images: Tensor, output_type: OutputType) -> Images:
+    """Pictures (B, 3, H, W) in about [-1, 1] as a call gives them."""
+    if output_type == "pil":
+        return to_pil(images)
+    scaled = (images.clamp(-1, 1) + 1) / 2
+    return scaled if output_type == "pt" else scaled.permute(0, 2, 3, 1).numpy()
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str]] | None = None, gap: int = 8) -> Image.Image:

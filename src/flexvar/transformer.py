@@ -91,9 +91,17 @@ class SelfAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(4)))
         self.out = nn.Linear(width, width)
 
+    @property
+    def bias(self) -> Tensor:
+        """Of queries, keys and values: (3D)."""
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side."""
+        return F.linear(x, self.qkv.weight, self.bias)  # (B, n, 3D)
+
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # (3D)
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # (B, n, 3, H, D/H)
+        qkv = self.project(x).unflatten(-1, (3, self.heads, -1))  # (B, n, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, D/H) each
         scale = self.log_scale.float().clamp_max(LARGEST_SCALE).exp()[:, None, None]  # (H, 1, 1)
         q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)

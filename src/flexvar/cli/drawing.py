@@ -38,7 +38,7 @@ def run_sample(words: Words) -> None:
         steps = list(drawing)
         for i, picture in enumerate(_painted(steps[-1])):
             stem, seed = stems[start + i], seeds[start + i]
-            facts = {"model": words.model, "class": pipe.class_name(labels[start + i]), "seed": seed, "dtype": str(dtype)}
+            facts = {"model": words.model, "class": pipe.class_name(labels[start + i]), "seed": seed, "dtype": dtype}
             facts |= {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
             _save_picture(picture, words.out / f"{stem}.png", facts)
             pictures.append(picture)
@@ -86,7 +86,7 @@ def run_edit(words: Words) -> None:
             drawing = pipe.stream(asked[part], edit=edits[image], seed=seeds[part], **settings)  # complains of wrong settings at once
             _make_folder(words.out)
             steps = list(drawing)
-            facts = {"model": words.model, "edit": operation, "of": Path(image).name, "dtype": str(dtype)}
+            facts = {"model": words.model, "edit": operation, "of": Path(image).name, "dtype": dtype}
             facts |= {name: value for name, value in own.items() if name != "mask"}
             facts |= {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
             for i, picture in enumerate(_painted(steps[-1]), start):
@@ -131,14 +131,17 @@ def settings_of(words: Words) -> dict[str, Any]:
     }
 
 
-def move(pipe: FlexVARPipeline, words: Words) -> torch.dtype:
-    """Moves a pipeline to the device and dtype asked for, or the best that there are; gives the dtype."""
+def move(pipe: FlexVARPipeline, words: Words) -> str:
+    """Moves a pipeline to the device and dtype asked for, or the best that there are; gives the dtype's name."""
     import torch
 
     device = device_of(words.device)
+    if words.dtype == "int8":
+        if device.type != "cpu":
+            raise ValueError(f"--dtype int8 runs on CPUs, not on {device.type}; add --device cpu")
+        return pipe.to_int8().precision
     dtype: torch.dtype = getattr(torch, words.dtype) if words.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe.to(device, dtype)
-    return dtype
+    return pipe.to(device, dtype).precision
 
 
 def device_of(name: str | None) -> Any:

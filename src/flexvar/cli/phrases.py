@@ -56,7 +56,8 @@ def add_settings(command: Parser) -> None:
 
 def add_device(command: Parser) -> None:
     command.add_argument("--device", help=DEVICES)
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: bfloat16 on CUDA, else float32)")
+    choices = ["float32", "bfloat16", "float16", "int8"]
+    command.add_argument("--dtype", choices=choices, help="int8: CPUs only, faster (default: bfloat16 on CUDA, else float32)")
 
 
 def add_model(command: Parser) -> None:

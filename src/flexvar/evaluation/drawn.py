@@ -68,6 +68,6 @@ class DrawnPictures:
             "pictures of each class": self.per_class,
             "classes": self._classes,
             "seeds": [self.seed, self.seed + len(self) - 1],
-            "dtype": str(self.pipe.transformer.head.weight.dtype).removeprefix("torch."),
+            "dtype": self.pipe.precision,
             "pictures at a time": self.batch,
         }
