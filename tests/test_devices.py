@@ -110,6 +110,21 @@ def test_pictures_come_out_of_the_pipeline(device: str, dtype: torch.dtype, pipe
 
 
 @on_every_device
+@in_every_precision
+def test_given_pictures_are_edited(device: str, dtype: torch.dtype, pipe: FlexVARPipeline) -> None:
+    there, given = moved(pipe, device, dtype), pipe("pizza", seed=5).images[0]
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 32:] = 255
+    painted = there.inpaint(given, mask, "pizza", seed=1).images[0]
+    assert np.array_equal(np.asarray(painted)[:, :32], np.asarray(given)[:, :32])
+    assert not np.array_equal(np.asarray(painted)[:, 32:], np.asarray(given)[:, 32:])
+    assert there.outpaint(given, "pizza", left=16, seed=1).images[0].size == (80, 64)
+    assert there.upscale(given, 1.5, "pizza", seed=1).images[0].size == (96, 96)
+    rebuilt = np.asarray(there.refine(given, 0.0, "pizza", seed=1).images[0]).astype(float)
+    assert np.abs(rebuilt - np.asarray(pipe.reconstruct(given).images[0])).mean() < 3
+
+
+@on_every_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_logits_are_not_rounded_to_half_precision(device: str, dtype: torch.dtype, pipe: FlexVARPipeline) -> None:
     head = moved(pipe, device, dtype).transformer.head
