@@ -30,9 +30,7 @@ def main() -> None:
         ("unseen renderings", open_pictures(words.out / "unseen")),
         ("drawn by the model", DrawnPictures(pipe, "emoji", words.per_class)),
     ):
-        report = evaluate(
-            pictures, words.out / "reference", extractor, words.out / f"{name}.json", intervals=True, overwrite=True
-        )
+        report = evaluate(pictures, words.out / "reference", extractor, words.out / f"{name}.json", intervals=True, overwrite=True)
         assert report is not None  # there is one process
         print(f"\n{name}:\n{report.table()}")
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import editing
-from examples import bundle, demo, edit
+import torch
+from benchmarks import editing, evaluation, speed
+from examples import bundle, demo, edit, evaluate
 from PIL import Image
 
 from flexvar import zoo
@@ -42,6 +44,29 @@ def test_completed_pictures_keep_their_class_and_hide_their_seam(monkeypatch, ca
     said = capsys.readouterr().out
     assert "as it is" in said
     assert said.rstrip().endswith("ok")
+
+
+@pytest.mark.slow
+def test_the_bundled_model_is_scored_beside_real_renderings(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("FLEXVAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path), "--per-class", "2"])
+    evaluate.main()
+    real, drawn = (json.loads((tmp_path / f"{name}.json").read_text())["scores"] for name in ("unseen renderings", "drawn by the model"))
+    assert real["fid"] < drawn["fid"]
+    assert capsys.readouterr().out.count("NOT comparable with published scores") == 2
+
+
+@pytest.mark.slow
+def test_the_timings_can_be_taken_again(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(speed, "SECONDS_A_RATE", 0.0)
+    for benchmark, words, expected in (
+        (evaluation, ["--samples", "300", "--reference", "200", "--dimensions", "8", "--repeats", "1"], "precision and recall"),
+        (speed, ["--depth", "1", "--height", "64", "--steps", "3", "--repeats", "1", "--target", "0", "--int8"], "read once a scale"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *words, "--threads", "1"])
+        with torch.no_grad():
+            assert benchmark.main() == 0
+        assert expected in capsys.readouterr().out
 
 
 def test_the_bundled_model_keeps_its_promises() -> None:

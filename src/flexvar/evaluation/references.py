@@ -22,7 +22,7 @@ Moments = tuple[np.ndarray, np.ndarray]
 
 EXTRACTOR = "extractor"  # our own array: the sha256 of what made the moments
 TOO_FEW = "{} holds a single picture; a reference needs at least 2, and 10,000 to mean something"
-SHIFTED = 3.0  # see `_shift`; 1 is expected
+SHIFTED = 3.0  # times what chance allows, see `_disagreement`; 1 is expected
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_reference(path: Path | str, extractor: Extractor) -> Reference:
     """Reads a reference, and makes the features of its pictures, which are kept in the cache folder for the next time.
 
     path: an .npz of ADM's (mu, sigma, mu_s, sigma_s, arr_0), of pytorch-fid or clean-fid (mu, sigma), or of pictures alone (arr_0);
-    or a folder of pictures. Stored moments are used where there are some, as ADM does; a note says so when the pictures beside them
+    or a folder of pictures. Stored moments are used where there are some, as ADM does; a caveat says so when the pictures beside them
     disagree. Raises FileNotFoundError or ValueError, in one line, for what is missing, damaged or made by another extractor.
     """
     path = Path(path)

@@ -47,7 +47,7 @@ def evaluate(
         "files": None if pngs is None else str(pngs.resolve()),
     }
     if rank == 0:
-        check_writable(out, npz, overwrite=overwrite or folder.exists())
+        check_writable(out, npz, overwrite=overwrite or folder.exists())  # an .npz may stand where the report found no room
         if out.exists() and not overwrite:
             raise FileExistsError(f"{out} exists; choose another file, or add --overwrite")
         against = reference if isinstance(reference, Reference) else read_reference(reference, extractor)

@@ -65,9 +65,9 @@ def sweep(
 ) -> list[Trial]:
     """Scores a model at every point of a grid of settings, all with the same seeds; goes on where it was interrupted.
 
-    FileExistsError where `out` holds trials of something else and `overwrite` is not set.
-    grid: values by keyword of `FlexVARPipeline.stream`, those of SWEPT. out: a folder that gets a report a point. Raises ValueError for an
-    empty grid or a wrong setting, before anything is drawn.
+    grid: values by keyword of `FlexVARPipeline.stream`, those of SWEPT. out: a folder that gets a report a point.
+    Raises ValueError for an empty grid or a wrong setting before anything is drawn, and FileExistsError where `out` holds trials of
+    something else and `overwrite` is not set.
     """
     if not grid or not all(grid.values()):
         raise ValueError("nothing is to be swept; give values of one or more settings, such as --steps 6 8 10")
