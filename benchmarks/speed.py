@@ -18,8 +18,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, on Linux; torch reads it when it first allocates
 
@@ -27,9 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexvar import Schedule, Tokenizer, TokenizerConfig, Transformer, TransformerConfig, generation
+from flexvar import Schedule, Tokenizer, TokenizerConfig, Transformer, TransformerConfig, generate
 from flexvar.accounting import Flops, plan
-from flexvar.int8 import to_int8
+from flexvar.compiled import compiled
+from flexvar.generation import draw_scales
+from flexvar.linear import to_int8
+from flexvar.sampling import choose
 
 TARGET = 0.70
 SECONDS_A_RATE = 0.5
@@ -81,6 +84,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--int8", action="store_true", help="with 8-bit weights; the floor stays that of float32")
+    parser.add_argument("--compile", action="store_true", help="by the faster way of `pipe.compile()`")
     parser.add_argument("--target", type=float, default=TARGET, help="share of the floor (default: %(default)s)")
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
@@ -95,6 +99,8 @@ def main() -> int:
     weights = sum(parameter.nbytes for part in parts for parameter in part.parameters())
     if words.int8:
         to_int8(transformer)
+    if words.compile:
+        compiled(tokenizer, transformer)
 
     def measure_rates() -> Rates:
         rows = 2 * words.batch * schedule.counts[-1]
@@ -148,10 +154,9 @@ def draw(tokenizer: Tokenizer, transformer: Transformer, schedule: Schedule, bat
         sampling += time.perf_counter() - began
         return codes
 
-    choose = generation.choose
     began = time.perf_counter()
-    with mock.patch.object(generation, "choose", timed_choose):
-        *_, last = generation.generate(tokenizer, transformer, list(range(batch)), schedule, seeds=range(batch))
+    way = partial(draw_scales, choose=timed_choose)
+    *_, last = generate(tokenizer, transformer, list(range(batch)), schedule, seeds=range(batch), draw=way)
     drawn = time.perf_counter()
     assert last.images.isfinite().all()
     return Seconds(drawn - began - sampling, sampling, time.perf_counter() - drawn)

@@ -61,7 +61,7 @@ def test_the_timings_can_be_taken_again(monkeypatch, capsys) -> None:
     monkeypatch.setattr(speed, "SECONDS_A_RATE", 0.0)
     for benchmark, words, expected in (
         (evaluation, ["--samples", "300", "--reference", "200", "--dimensions", "8", "--repeats", "1"], "precision and recall"),
-        (speed, ["--depth", "1", "--height", "64", "--steps", "3", "--repeats", "1", "--target", "0", "--int8"], "read once a scale"),
+        (speed, ["--depth", "1", "--height", "64", "--steps", "3", "--repeats", "1", "--target", "0", "--int8", "--compile"], "read once a scale"),
     ):
         monkeypatch.setattr(sys, "argv", ["benchmark", *words, "--threads", "1"])
         with torch.no_grad():

@@ -24,7 +24,7 @@ from flexvar.evaluation.lpips import LPIPS, load_lpips
 from flexvar.evaluation.metrics import frechet_distance, moments
 from flexvar.evaluation.quality import psnr
 from flexvar.evaluation.reconstruction import rebuilt_by_scale
-from flexvar.evaluation.tokenizers import RunningMoments, evaluate_tokenizer, schedule_at, size_of
+from flexvar.evaluation.tokenizers import RunningMoments, evaluate_tokenizer, size_of
 from flexvar.models import model_folder
 from flexvar.schedule import Schedule
 from flexvar.zoo import sha256
@@ -198,7 +198,7 @@ def test_lpips_of_scales_that_are_large_enough(small_model: str, folder: Path, t
         (["nobody/nothing/at/all", "{folder}"], "no model folder"),
         (["emoji", "{folder}", "--sizes", "64", "60x64"], "nearest height is 56 or 64"),
         (["emoji", "{folder}", "--sizes", "big"], "is not a size"),
-        (["emoji", "{folder}", "--schedule", "1,4", "--sizes", "64"], "the schedule ends at 32 x 32 px"),
+        (["emoji", "{folder}", "--schedule", "1,4", "--sizes", "64"], "height is 64, but the schedule ends at 32 px"),
         (["emoji", "{folder}", "--schedule", "1,4", "--steps", "3"], "the schedule has 2"),
         (["emoji", "{folder}", "--steps", "1"], "at least 2"),
         (["emoji", "{folder}", "--count", "0"], "count is 0"),
@@ -266,15 +266,6 @@ def test_sizes_as_typed(text: str, size: tuple[int, int]) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="not a size"):
         size_of(text)
-
-
-@pytest.mark.parametrize("size", [(64, 64), (40, 72), (96, 96), (8, 8), (16, 128)])
-def test_the_scales_are_those_of_a_drawing(size: tuple[int, int]) -> None:
-    pipe = FlexVARPipeline.from_pretrained("emoji")
-    assert schedule_at(pipe.model, size) == pipe.schedule_of(*size, None, None)
-    if size == (64, 64):
-        assert schedule_at(pipe.model, size, 3) == pipe.schedule_of(*size, 3, None)
-        assert schedule_at(pipe.model, size, None, "1,8") == Schedule.square([1, 8])
 
 
 def test_finite_weights_whose_pictures_are_not(small_tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import importlib
 import weakref
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 import flexvar
 from flexvar import Guidance, Keep, Sampling, Schedule, Tokenizer, Transformer, generate
+from flexvar.generation import draw_scales
 from flexvar.kv_cache import KeyValueCache
 from flexvar.sampling import choose
 
@@ -179,11 +182,15 @@ def test_half_precision_runs(small_tokenizer: Tokenizer, small_transformer: Tran
     assert torch.isfinite(last.images.float()).all()
 
 
-def test_half_precision_draws_from_logits_in_float32(small_tokenizer: Tokenizer, small_transformer: Transformer, monkeypatch) -> None:
-    seen = []
-    monkeypatch.setattr("flexvar.generation.choose", lambda logits, *rest: seen.append(logits) or choose(logits, *rest))
+def test_half_precision_draws_from_logits_in_float32(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watched(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(logits)
+        return choose(logits, *rest)
+
     tokenizer, transformer = copy.deepcopy(small_tokenizer).bfloat16(), copy.deepcopy(small_transformer).bfloat16()
-    list(generate(tokenizer, transformer, [0, 1], SCHEDULE, seeds=[1, 2]))
+    list(generate(tokenizer, transformer, [0, 1], SCHEDULE, seeds=[1, 2], draw=partial(draw_scales, choose=watched)))
     assert {logits.dtype for logits in seen} == {torch.float32}
     assert not any(torch.equal(logits, logits.bfloat16().float()) for logits in seen)
 

@@ -113,7 +113,7 @@ def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_as_many_are_drawn_at_the_same_time_as_fit(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"height": 16, "width": 24, "seed": 0, "output_type": "pt"}
     together = pipe(list("abcde"), **settings).images
-    two = needs(pipe._drawing(pipe.schedule_of(16, 24, None, None), 2, pipe.defaults.guidance))
+    two = needs(pipe._drawing(pipe.settings.schedule_of(16, 24, None, None), 2, pipe.defaults.guidance))
     sizes, draw = [], generation.generate
     monkeypatch.setattr("flexvar.pipeline.generate", lambda *given, **named: (sizes.append(len(given[2])), draw(*given, **named))[1])
     for free, expected in ((two, [2, 2, 1]), (0, [1] * 5), (None, [5])):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,10 @@ class Keep:
         return kept if self.where is None else torch.where(self.where[scale].to(drawn.device, torch.bool), kept, drawn)
 
 
+Draw: TypeAlias = Callable[[Tokenizer, Transformer, Tensor, Schedule, Guidance, Sampling, Keep | None, Tensor], Iterator[Step]]
+Choose: TypeAlias = Callable[[Tensor, Tensor, Sampling, bool], Tensor]
+
+
 def generate(
     tokenizer: Tokenizer,
     transformer: Transformer,
@@ -81,11 +86,13 @@ def generate(
     sampling: Sampling | None = None,
     keep: Keep | None = None,
     seeds: Sequence[int] | None = None,
+    draw: Draw | None = None,
 ) -> Iterator[Step]:
     """Draws pictures scale by scale; yields each scale as soon as its codes are chosen.
 
     labels: (B,), class indices; the null class draws without a label. guidance, sampling: the released evaluation's by default.
     seeds: one a picture; picture i depends on its own seed, label and settings alone. None draws them.
+    draw: another way to run the loop below, as `flexvar.compiled` makes them.
     Raises ValueError at once, before anything is drawn, for a label out of range, seeds of another number than labels, or a `keep` that
     does not fit the schedule.
     """
@@ -100,11 +107,11 @@ def generate(
     if keep is not None:
         keep.check(schedule, len(labels), config.codebook_size)
     numbers = uniform_numbers(seeds, schedule.tokens).to(device)  # (B, L)
-    return _draw(tokenizer, transformer, labels.to(device, torch.int64), schedule, guidance, sampling, keep, numbers)
+    return (draw or draw_scales)(tokenizer, transformer, labels.to(device, torch.int64), schedule, guidance, sampling, keep, numbers)
 
 
 @torch.no_grad()
-def _draw(
+def draw_scales(
     tokenizer: Tokenizer,
     transformer: Transformer,
     labels: Tensor,
@@ -113,8 +120,9 @@ def _draw(
     sampling: Sampling,
     keep: Keep | None,
     numbers: Tensor,
+    choose: Choose = choose,
 ) -> Iterator[Step]:
-    """The loop itself: labels (B,), uniform numbers (B, L)."""
+    """The loop itself, on checked input: labels (B,), int64, and uniform numbers (B, L) on the device. Nothing in it waits for a GPU."""
     weights = guidance.weights(schedule, transformer.config.trained_grid)
     greedy = sampling.greedy_scales(schedule, transformer.config.trained_grid)
     guided = max((k + 1 for k, weight in enumerate(weights) if weight != 1), default=0)  # scales, from the first

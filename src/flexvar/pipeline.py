@@ -7,30 +7,30 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import huggingface_hub
 import numpy as np
 import torch
 from PIL import Image
 
-from flexvar import editing, int8, labels
+from flexvar import editing, labels, linear
 from flexvar.arguments import seeds_of, whole_number
 from flexvar.checkpoint import Defaults, Model, load, save
+from flexvar.compiled import compiled
 from flexvar.data import fitted, upright_rgb
 from flexvar.data.given import GivenPictures
 from flexvar.editing import Edit
-from flexvar.generation import Keep, Step, generate
+from flexvar.generation import Draw, Keep, Step, draw_scales, generate
 from flexvar.labels import Label
 from flexvar.memory import Drawing
 from flexvar.models import model_folder, released_model, write_released
-from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
+from flexvar.sampling import Greedy, Guidance, GuidanceKind
 from flexvar.schedule import Schedule, ScheduleLike, grid_of
+from flexvar.settings import Settings
 from flexvar.sheet import Images, OutputType, as_output, check_output_type
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
-
-S = TypeVar("S", Guidance, Sampling)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ class FlexVARPipeline:
         self.transformer: Transformer = model.transformer
         self.class_names = model.class_names
         self.defaults: Defaults = model.defaults
+        self.settings = Settings(model)  # what the keywords of a call mean
         self.precision = _name_of(self.transformer)  # of the weights, as reports call it
+        self.made_faster: tuple[str, ...] = ()  # "int8", "compiled"
+        self._draw: Draw = draw_scales
 
     # -- where it comes from and goes to --
 
@@ -76,12 +79,12 @@ class FlexVARPipeline:
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the model folder. Raises FileExistsError when it holds a model and `overwrite` is not set."""
-        self._refuse_int8()
+        self._refuse_made_faster()
         save(self.model, folder, overwrite=overwrite)
 
     def save_released(self, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
         """Writes the two .pth files that the released code loads; gives their paths, tokenizer first."""
-        self._refuse_int8()
+        self._refuse_made_faster()
         return write_released(self.model, folder, overwrite=overwrite)
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
@@ -93,21 +96,36 @@ class FlexVARPipeline:
 
     def to(self, *device_or_dtype: str | torch.device | torch.dtype) -> FlexVARPipeline:
         """Moves both networks to a device, a dtype, or both: pipe.to("cuda", torch.bfloat16)."""
-        self._refuse_int8()
+        self._refuse_made_faster()
         for network in (self.tokenizer, self.transformer):
             network.to(*device_or_dtype)  # type: ignore[call-overload]
         self.precision = _name_of(self.transformer)
         return self
 
     def to_int8(self) -> FlexVARPipeline:
-        """Rounds the transformer's weights to 8 bits, for good: on CPUs faster, at a price (docs/speed.md). ValueError on other devices."""
-        int8.to_int8(self.transformer)
-        self.precision = "int8"
+        """Rounds the weights of the transformer's blocks to 8 bits, for good: faster, at a price (docs/speed.md).
+
+        On the CPU and on CUDA; move it there first, and compile it afterwards. Raises ValueError elsewhere.
+        """
+        self._refuse_made_faster()
+        linear.to_int8(self.transformer)
+        self.precision, self.made_faster = "int8", ("int8",)
         return self
 
-    def _refuse_int8(self) -> None:
-        if self.precision == "int8":
-            raise ValueError("a model with 8-bit weights stays where it is and is not saved; load it again from its folder")
+    def compile(self) -> FlexVARPipeline:
+        """Makes drawing faster where it is, for good: the same pictures up to rounding (`flexvar.compiled` says how; docs/speed.md).
+
+        Move the pipeline first. The first picture of each size then takes longer on CUDA.
+        """
+        if "compiled" not in self.made_faster:
+            self._draw = compiled(self.tokenizer, self.transformer)
+            self.made_faster += ("compiled",)
+        return self
+
+    def _refuse_made_faster(self) -> None:
+        if self.made_faster:
+            how = " and ".join("of 8-bit weights" if name == "int8" else name for name in self.made_faster)
+            raise ValueError(f"a model made faster ({how}) stays where it is and is not saved; load it again from its folder")
 
     # -- drawing --
 
@@ -172,13 +190,14 @@ class FlexVARPipeline:
         naming the largest size that fits, where memory runs out.
         """
         indices = self.labels_of(_listed(class_labels, edit))
-        grids = self.schedule_of(height, width, num_inference_steps, schedule, edit)
-        guiding = self.guidance_of(guidance, guidance_scale, split_guidance, guidance_stop)
-        choosing = self.sampling_of(top_k, top_p, temperature, greedy)
+        grids = self.settings.schedule_of(height, width, num_inference_steps, schedule, edit=edit)
+        guiding = self.settings.guidance_of(guidance, guidance_scale, split_guidance, guidance_stop)
+        choosing = self.settings.sampling_of(top_k, top_p, temperature, greedy)
         seeds = seeds_of(seed, len(indices))
         with self._drawing(grids, len(indices), guiding) as drawing:
             keep = None if edit is None else self._keep(edit, grids)
-            steps = generate(self.tokenizer, self.transformer, indices, grids, guidance=guiding, sampling=choosing, keep=keep, seeds=seeds)
+            networks = self.tokenizer, self.transformer
+            steps = generate(*networks, indices, grids, guidance=guiding, sampling=choosing, keep=keep, seeds=seeds, draw=self._draw)
         return _watched(steps, drawing, edit, len(grids))
 
     # -- editing --
@@ -273,21 +292,12 @@ class FlexVARPipeline:
         guided = any(factor != 1 for factor in guidance.weights(schedule, transformer.trained_grid))
         return Drawing(transformer, self.tokenizer.config, schedule, batch, guided, weight.dtype, weight.device)
 
-    def _fitting(
-        self,
-        pictures: int,
-        edit: Edit | None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        schedule: ScheduleLike | None = None,
-        **settings: Any,
-    ) -> int:
+    def _fitting(self, pictures: int, edit: Edit | None, **settings: Any) -> int:
         """How many of the pictures can be drawn at the same time in the memory that is free; at least one is tried."""
         if pictures == 1:
             return 1
-        grids = self.schedule_of(height, width, num_inference_steps, schedule, edit)
-        return self._drawing(grids, pictures, self.guidance_of(**settings)).at_once()
+        grids = self.settings.schedule_of(edit=edit, **settings)
+        return self._drawing(grids, pictures, self.settings.guidance_of(**settings)).at_once()
 
     # -- what the words mean --
 
@@ -298,56 +308,6 @@ class FlexVARPipeline:
     def class_name(self, label: int) -> str:
         """The name of a class index."""
         return labels.name_of(label, self.class_names, self.transformer.config.null_class)
-
-    def guidance_of(
-        self,
-        guidance: GuidanceKind | None = None,
-        guidance_scale: float | None = None,
-        split_guidance: bool | None = None,
-        guidance_stop: int | None = None,
-        **_: Any,
-    ) -> Guidance:
-        """The guidance that a call's keywords ask for, and the model's default where they do not."""
-        return _replaced(self.defaults.guidance, kind=guidance, scale=guidance_scale, split=split_guidance, stop=guidance_stop)
-
-    def sampling_of(
-        self,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        greedy: Greedy | None = None,
-        **_: Any,
-    ) -> Sampling:
-        """The sampling that a call's keywords ask for, and the model's default where they do not."""
-        return _replaced(self.defaults.sampling, top_k=top_k, top_p=top_p, temperature=temperature, greedy=greedy)
-
-    def schedule_of(
-        self, height: int | None, width: int | None, steps: int | None, schedule: ScheduleLike | None, edit: Edit | None = None
-    ) -> Schedule:
-        """The schedule that size and steps, a list of scales, or an edit ask for."""
-        f, trained_grid = self.tokenizer.config.downsample, self.transformer.config.trained_grid
-        if edit is not None:
-            own = edit.grid[0] * f, edit.grid[1] * f
-            if (height or own[0], width or own[1]) != own:
-                raise ValueError(f"the edit draws {own[0]} x {own[1]} px; leave height and width out")
-            height, width = own
-        if schedule is not None:
-            given = Schedule.of(schedule)
-            for name, asked, side in (("height", height, given[-1][0] * f), ("width", width, given[-1][1] * f)):
-                if asked not in (None, side):
-                    raise ValueError(f"{name} is {asked}, but the schedule ends at {side} px; give one of the two")
-            if steps not in (None, len(given)):
-                raise ValueError(f"num_inference_steps is {steps}, but the schedule has {len(given)}; give one of the two")
-            return given
-        if edit is not None:
-            asked = self.defaults.num_inference_steps if steps is None else whole_number(steps, "num_inference_steps")
-            return edit.schedule(asked, trained_grid)
-        if height is None and width is None:
-            height, width = self.defaults.height, self.defaults.width
-        height, width = (whole_number(side, "a side") for side in (width if height is None else height, height if width is None else width))
-        if steps is None:
-            return Schedule.for_grid(*grid_of(height, width, f), self.defaults.num_inference_steps, trained_grid)
-        return Schedule.for_size(height, width, whole_number(steps, "num_inference_steps"), f, trained_grid)
 
 
 def _watched(steps: Iterator[Step], drawing: Drawing, edit: Edit | None, count: int) -> Iterator[Step]:
@@ -372,8 +332,3 @@ def _listed(class_labels: Label | Sequence[Label], edit: Edit | None = None) -> 
 
 def _name_of(transformer: Transformer) -> str:
     return str(transformer.head.weight.dtype).removeprefix("torch.")
-
-
-def _replaced(defaults: S, **given: Any) -> S:
-    """Settings with those changed that were given."""
-    return replace(defaults, **{name: value for name, value in given.items() if value is not None})

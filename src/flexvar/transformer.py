@@ -100,13 +100,19 @@ class SelfAttention(nn.Module):
         """Queries, keys and values side by side."""
         return F.linear(x, self.qkv.weight, self.bias)  # (B, n, 3D)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, n, D/H) of x (B, n, D), ready for attention."""
         qkv = self.project(x).unflatten(-1, (3, self.heads, -1))  # (B, n, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, D/H) each
         scale = self.log_scale.float().clamp_max(LARGEST_SCALE).exp()[:, None, None]  # (H, 1, 1)
         q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
         k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, n, D)
+        return q, k, v
+
+    def write(self, attended: Tensor) -> Tensor:
+        """The result (B, n, D) of what attention gave (B, H, n, D/H)."""
+        written: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return written  # (B, n, D)
 
 
 class MLP(nn.Module):
@@ -136,10 +142,19 @@ class Block(nn.Module):
             self.modulation = nn.Linear(config.width, MODULATIONS * config.width)
 
     def forward(self, x: Tensor, modulation: Tensor, attend: Attend, paths: Tensor | None = None) -> Tensor:
-        gain1, gain2, scale1, scale2, shift1, shift2 = modulation  # (B, 1, D) each
+        return self.after(x, attend(*self.before(x, modulation)), modulation, paths)  # (B, n, D)
+
+    def before(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention: queries, keys and values (B, H, n, D/H)."""
+        _, _, scale, _, shift, _ = modulation  # (B, 1, D) each
+        return self.attention.read(normalised(x) * (1 + scale) + shift)
+
+    def after(self, x: Tensor, attended: Tensor, modulation: Tensor, paths: Tensor | None = None) -> Tensor:
+        """What comes after it, the MLP included: (B, n, D)."""
+        gain1, gain2, _, scale, _, shift = modulation  # (B, 1, D) each
         path1, path2 = (1.0, 1.0) if paths is None else paths[:, :, None, None]  # (B, 1, 1) each
-        x = x + path1 * gain1 * self.attention(normalised(x) * (1 + scale1) + shift1, attend)  # (B, n, D)
-        return x + path2 * gain2 * self.mlp(normalised(x) * (1 + scale2) + shift2)  # (B, n, D)
+        x = x + path1 * gain1 * self.attention.write(attended)  # (B, n, D)
+        return x + path2 * gain2 * self.mlp(normalised(x) * (1 + scale) + shift)  # (B, n, D)
 
 
 class Transformer(nn.Module):

@@ -28,7 +28,7 @@ def run_sample(words: Words) -> None:
     planned = [words.out / (stem + ending) for stem in stems for ending in endings] + ([words.out / "grid.png"] if words.grid else [])
     _refuse_existing(planned, words.overwrite)
     settings = {"height": words.height, "width": words.width, **settings_of(words)}
-    guidance, sampling = pipe.guidance_of(**settings), pipe.sampling_of(**settings)
+    guidance, sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
     dtype = move(pipe, words)
     pictures: list[Image.Image] = []
     for start in progress(range(0, len(labels), words.batch), "drawing"):
@@ -67,7 +67,7 @@ def run_edit(words: Words) -> None:
     pipe = FlexVARPipeline.from_pretrained(words.model)
     asked, labels, seeds, names = _asked(pipe, words)
     settings = settings_of(words)
-    guidance, sampling = pipe.guidance_of(**settings), pipe.sampling_of(**settings)
+    guidance, sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
     stems = {image: [f"{Path(image).stem}-{operation}-{name}" for name in names] for image in words.images}
     planned = [words.out / f"{stem}.png" for image in stems for stem in stems[image]]
     sheets = {image: words.out / f"{Path(image).stem}-{operation}-sheet.png" for image in stems} if words.sheet else {}
@@ -132,16 +132,21 @@ def settings_of(words: Words) -> dict[str, Any]:
 
 
 def move(pipe: FlexVARPipeline, words: Words) -> str:
-    """Moves a pipeline to the device and dtype asked for, or the best that there are; gives the dtype's name."""
+    """Moves a pipeline to the device and dtype asked for, or the best that there are, compiles it on request; gives the dtype's name."""
     import torch
 
+    from flexvar.processes import keep_memory
+
     device = device_of(words.device)
+    if device.type == "cpu":
+        keep_memory()  # this process is ours
+    named: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    pipe.to(device, named.get(words.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32))
     if words.dtype == "int8":
-        if device.type != "cpu":
-            raise ValueError(f"--dtype int8 runs on CPUs, not on {device.type}; add --device cpu")
-        return pipe.to_int8().precision
-    dtype: torch.dtype = getattr(torch, words.dtype) if words.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    return pipe.to(device, dtype).precision
+        pipe.to_int8()
+    if words.compile:
+        pipe.compile()
+    return pipe.precision
 
 
 def device_of(name: str | None) -> Any:

@@ -115,8 +115,8 @@ def run_model(words: Words) -> None:
 
     pipe = FlexVARPipeline.from_pretrained(words.model)
     settings = {"height": words.height, "width": words.width, **settings_of(words)}
-    move(pipe, words)
     pictures = DrawnPictures(pipe, words.model, words.per_class, seed=words.seed, batch=words.batch, **settings)
+    move(pipe, words)
     _evaluate(pictures, words, npz=words.save_npz, pngs=words.save_png)
 
 

@@ -57,7 +57,8 @@ def add_settings(command: Parser) -> None:
 def add_device(command: Parser) -> None:
     command.add_argument("--device", help=DEVICES)
     choices = ["float32", "bfloat16", "float16", "int8"]
-    command.add_argument("--dtype", choices=choices, help="int8: CPUs only, faster (default: bfloat16 on CUDA, else float32)")
+    command.add_argument("--dtype", choices=choices, help="int8: faster, at a price (default: bfloat16 on CUDA, else float32)")
+    command.add_argument("--compile", action="store_true", help="prepare the model for speed first: pays for many pictures")
 
 
 def add_model(command: Parser) -> None:

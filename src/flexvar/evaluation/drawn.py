@@ -33,10 +33,8 @@ class DrawnPictures:
         self._classes, self._settings = pipe.transformer.config.classes, settings
         self.caveats: list[str] = []
         # Complains of wrong settings now, before anything is drawn.
-        self.schedule: Schedule = pipe.schedule_of(
-            settings.get("height"), settings.get("width"), settings.get("num_inference_steps"), settings.get("schedule")
-        )
-        self._guidance, self._sampling = pipe.guidance_of(**settings), pipe.sampling_of(**settings)
+        self.schedule: Schedule = pipe.settings.schedule_of(**settings)
+        self._guidance, self._sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
         if not all(weight.isfinite().all() for network in (pipe.tokenizer, pipe.transformer) for weight in network.parameters()):
             raise ValueError(f"{name} has weights that are not finite; copy, fetch or train it again")
         f = pipe.tokenizer.config.downsample

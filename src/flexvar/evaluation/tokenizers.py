@@ -21,7 +21,8 @@ from flexvar.evaluation.report import FORMAT, PUBLISHED_COUNT, machine, write_js
 from flexvar.evaluation.stored import PictureSet, chosen, open_pictures
 from flexvar.models import model_folder
 from flexvar.progress import progress
-from flexvar.schedule import FINEST, Schedule, ScheduleLike, Size, grid_of
+from flexvar.schedule import Schedule, ScheduleLike, Size
+from flexvar.settings import Settings
 from flexvar.sheet import to_uint8
 from flexvar.tokenizer import Tokenizer
 from flexvar.zoo import sha256
@@ -121,7 +122,8 @@ def evaluate_tokenizer(
     if not all(weight.isfinite().all() for weight in tokenizer.parameters()):
         raise ValueError(f"the tokenizer of {name} has weights that are not finite; copy, fetch or train it again")
     sets = [open_pictures(data, size) for size in _sizes(model, data, sizes, schedule)]
-    schedules = [schedule_at(model, pictures.size, steps, schedule) for pictures in sets]  # complains of all sizes before any work
+    settings = Settings(model)
+    schedules = [settings.schedule_of(*pictures.size, steps, schedule) for pictures in sets]  # complains of all before any work
     places = chosen(sets[0], len(sets[0]) if count is None else count)
     if extractor is not None and len(places) < 2:
         raise ValueError("rFID cannot be had of a single picture; give more, or leave it out with --extractor none")
@@ -153,24 +155,6 @@ def size_of(text: str) -> Size:
         raise ValueError(f"{text!r} is not a size; write pixels as 256, or height x width as 384x512")
     sides = [int(side) for side in text.lower().split("x")]
     return sides[0], sides[-1]
-
-
-def schedule_at(model: Model, size: Size, steps: int | None = None, schedule: ScheduleLike | None = None) -> Schedule:
-    """The schedule with which a model draws pictures of (height, width) px, or the one asked for. ValueError where it does not fit."""
-    f, defaults = model.tokenizer.config.downsample, model.defaults
-    grid = grid_of(*size, f)
-    if schedule is not None:
-        given = Schedule.of(schedule)
-        if steps not in (None, len(given)):
-            raise ValueError(f"{steps} steps were asked for, but the schedule has {len(given)}; give one of the two")
-        if given[-1] != grid:
-            (h, w), (height, width) = given[-1], size
-            raise ValueError(f"the schedule ends at {h * f} x {w * f} px, the pictures have {height} x {width}; give one that ends there")
-        return given
-    trained_grid = model.transformer.config.trained_grid if model.transformer else FINEST
-    if steps is None:
-        return Schedule.for_grid(*grid, defaults.num_inference_steps, trained_grid)
-    return Schedule.for_size(*size, steps, f, trained_grid)
 
 
 def _sizes(model: Model, data: Path | str, asked: Sequence[Size] | None, schedule: ScheduleLike | None) -> Sequence[Size | None]:

@@ -1,4 +1,4 @@
-"""8-bit weights: near the float32 ones, the same in any batch, and told where they cannot be."""
+"""8-bit weights: near the float32 ones, the same in any batch, and told where they cannot be. Packed ones: the same up to rounding."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from flexvar import FlexVARPipeline, Tokenizer, Transformer
+from flexvar import FlexVARPipeline, Tokenizer, Transformer, linear
 from flexvar.checkpoint import Defaults, Model, save
 from flexvar.cli import main
-from flexvar.int8 import Int8Linear, to_int8
+from flexvar.linear import Int8Linear, PackedLinear, can_pack, integer_product, to_int8
 
 CLASSES = tuple("abcde")
 
@@ -64,19 +65,59 @@ def test_it_takes_a_quarter_of_the_memory(model: Model) -> None:
     assert before - after == transformer.config.depth * 12 * width**2  # those of the blocks are no float32 parameters any more
 
 
+def test_they_take_bfloat16_and_give_it_back() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 24)
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    product = Int8Linear(layer.weight.bfloat16(), layer.bias.bfloat16())(x)
+    assert product.dtype == torch.bfloat16
+    assert torch.allclose(product.float(), layer(x.float()), atol=0.05)
+
+
+def test_sums_are_exact() -> None:
+    torch.manual_seed(0)
+    rows, weight = (torch.randint(-127, 128, (n, 4096), dtype=torch.int8) for n in (3, 16))
+    assert torch.equal(integer_product(rows, weight), (rows.long() @ weight.long().T).int())
+
+
+def test_a_processor_whose_sums_overflow_is_told(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "integer_product", lambda rows, weight: rows.int() @ weight.int().T + 1)
+    with pytest.raises(ValueError, match="adds 8-bit products up in 16 bits, where they overflow; draw in float32"):
+        to_int8(model.transformer)
+    assert isinstance(model.transformer.layers[0].mlp.rise, torch.nn.Linear)
+
+
+def test_other_devices_are_told(model: Model) -> None:
+    with pytest.raises(ValueError, match="run on CPUs and CUDA, and this transformer is on meta; move it"):
+        to_int8(model.transformer.to("meta"))
+
+
 def test_what_8_bit_weights_cannot_do_is_told(model: Model, tmp_path: Path) -> None:
-    pipe = FlexVARPipeline(model)
-    with pytest.raises(ValueError, match=r"run on CPUs, from float32; this transformer is torch\.bfloat16"):
-        pipe.to(torch.bfloat16).to_int8()
-    pipe.to(torch.float32).to_int8()
-    for wrong in (lambda: pipe.to(torch.float16), lambda: pipe.save_pretrained(tmp_path), lambda: pipe.save_released(tmp_path)):
-        with pytest.raises(ValueError, match="stays where it is and is not saved; load it again"):
+    pipe = FlexVARPipeline(model).to_int8()
+    for wrong in (lambda: pipe.to("cpu"), lambda: pipe.save_pretrained(tmp_path), lambda: pipe.save_released(tmp_path), pipe.to_int8):
+        with pytest.raises(ValueError, match=r"made faster \(of 8-bit weights\) stays where it is and is not saved; load it again"):
             wrong()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_packed_layer_gives_the_same(gelu: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(96, 40), torch.randn(2, 7, 96)
+    expected = F.gelu(layer(x), approximate="tanh") if gelu else layer(x)
+    assert torch.allclose(PackedLinear(layer.weight, layer.bias, gelu=gelu)(x), expected, atol=1e-5)
+
+
+def test_only_plain_float32_blocks_on_a_cpu_can_be_packed(model: Model) -> None:
+    transformer = model.transformer
+    assert can_pack(transformer)
+    assert not can_pack(copy.deepcopy(transformer).bfloat16())
+    to_int8(transformer)
+    assert not can_pack(transformer)
 
 
 def test_the_command_draws_with_them(model: Model, tmp_path: Path, capsys) -> None:
     save(model, tmp_path / "model")
-    words = ["sample", "a", "--model", str(tmp_path / "model"), "--device", "cpu", "--dtype", "int8"]
+    words = ["sample", "a", "--model", str(tmp_path / "model"), "--device", "cpu", "--dtype", "int8", "--compile"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     picture = Image.open(tmp_path / "out" / "a-seed0.png")
     assert picture.text["dtype"] == "int8"

@@ -1,0 +1,88 @@
+"""What 8-bit weights cost in quality: `python -m benchmarks.eight_bits [--model FOLDER] [--pictures 960] [--scenes 480]`.
+
+The model is compared with itself in float32: on unseen scenes, whose codes are given, by the likeliest and the sampled codes of every
+scale (guided, as in drawing) and by the loss; then by the class accuracy of pictures drawn from the same seeds. Timings: benchmarks.speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.emoji import AT_ONCE, THREADS, UNSEEN_SEED, default_schedule, draw, shares
+from flexvar import Keep, Sampling, Schedule, generate
+from flexvar.checkpoint import Model, load
+from flexvar.data import EmojiScenes
+from flexvar.evaluation import class_accuracy, load_classifier, renderings
+from flexvar.generation import draw_scales
+from flexvar.linear import to_int8
+from flexvar.sampling import choose
+from flexvar.zoo import bundled_folder
+
+
+def main() -> int:
+    """Prints one measure a line; gives the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.eight_bits", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=bundled_folder("emoji"), metavar="FOLDER", help="default: the bundled one")
+    parser.add_argument("--pictures", type=int, default=960, help="samples to draw (default 960)")
+    parser.add_argument("--scenes", type=int, default=480, help="unseen renderings (default 480)")
+    words = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    plain = load(words.model)
+    assert plain.transformer is not None
+    rounded = copy.deepcopy(plain)
+    assert rounded.transformer is not None
+    to_int8(rounded.transformer)
+
+    schedule, names = default_schedule(plain), plain.class_names
+    scenes, labels = renderings(EmojiScenes(names), words.scenes, (plain.defaults.height, plain.defaults.width), UNSEEN_SEED)
+    one, other = (said(model, scenes, labels, schedule) for model in (plain, rounded))
+    print(f"likeliest codes that agree   {(one[0] == other[0]).float().mean():.1%}")
+    print(f"sampled codes that agree     {(one[1] == other[1]).float().mean():.1%}")
+    print(f"loss                         {one[2]:.4f} in float32, {other[2]:.4f}")
+    classifier = load_classifier()
+    meaning = torch.tensor([classifier.class_names.index(name) for name in names])
+    drawn = torch.arange(words.pictures) % len(names)
+    for title, model in (("float32", plain), ("8 bits", rounded)):
+        pictures = draw(model, schedule, drawn.tolist(), range(words.pictures))
+        print(f"samples in their class       {shares(*class_accuracy(classifier, pictures, meaning[drawn]))}, {title}", flush=True)
+    return 0
+
+
+@torch.no_grad()
+def said(model: Model, scenes: Tensor, labels: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, float]:
+    """Of scenes (N, 3, H, W) whose codes are given: the likeliest and the sampled codes (N, L) of every scale, and the loss."""
+    tokenizer, transformer = model.tokenizer, model.transformer
+    assert transformer is not None
+    likeliest: list[Tensor] = []
+    sampled: list[Tensor] = []
+    losses: list[float] = []
+
+    def watched(logits: Tensor, numbers: Tensor, sampling: Sampling, greedy: bool = False) -> Tensor:
+        codes = choose(logits, numbers, sampling, greedy)
+        likeliest.append(logits.argmax(-1).flatten())
+        sampled.append(codes.flatten())
+        return codes
+
+    for start in range(0, len(scenes), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        codes = tokenizer.codes(tokenizer.features(scenes[part]), schedule)
+        settings = {"guidance": model.defaults.guidance, "sampling": model.defaults.sampling}
+        way = partial(draw_scales, choose=watched)
+        seeds = range(start, start + len(labels[part]))
+        list(generate(tokenizer, transformer, labels[part], schedule, keep=Keep(codes), seeds=seeds, draw=way, **settings))  # type: ignore[arg-type]
+        logits = transformer(labels[part], tokenizer.inputs(codes, schedule), schedule)  # (B, L, V)
+        targets = torch.cat([scale.flatten(1) for scale in codes], 1)  # (B, L)
+        losses += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").tolist()
+    return torch.cat(likeliest), torch.cat(sampled), sum(losses) / len(losses)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Two faster linear layers for transformers that only draw: weights of 8 bits, and weights laid out as a CPU's kernels read them.
+
+8 bits, on CPUs and CUDA: each row of a weight is rounded by its own largest value, and so is each token of what it multiplies; sums are
+exact integers. So a picture depends on its own tokens alone, whatever else is in the batch. The price stands in docs/speed.md.
+Packed, on CPUs in float32: the same numbers up to rounding, by oneDNN's kernels, which also apply the GELU.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexvar.transformer import MLP, SelfAttention, Transformer
+
+LARGEST = 127
+SMALLEST = 1e-12  # so that a row of zeros stays one
+FEWEST_CUDA_ROWS = 32  # CUDA's product of integers takes no fewer than 17
+PACKED_FOR_ROWS = 512  # any number works; the layout is the same from a few rows on
+
+
+class MakeLinear(Protocol):
+    """Makes a layer of a weight (out, in) and a bias (out); `gelu`: with the GELU of the MLP behind it."""
+
+    def __call__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> nn.Module: ...
+
+
+class FastAttention(SelfAttention):
+    """Attention with other linear layers."""
+
+    def __init__(self, attention: SelfAttention, make: MakeLinear) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.log_scale = attention.heads, attention.log_scale
+        self.fast_qkv = make(attention.qkv.weight, attention.bias)
+        self.out = make(attention.out.weight, attention.out.bias)  # type: ignore[assignment]
+
+    def project(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.fast_qkv(x)
+        return projected  # (B, n, 3D)
+
+
+class FastMLP(MLP):
+    """An MLP with other linear layers."""
+
+    def __init__(self, mlp: MLP, make: MakeLinear) -> None:
+        nn.Module.__init__(self)
+        self.rise = make(mlp.rise.weight, mlp.rise.bias, gelu=True)  # type: ignore[assignment]
+        self.fall = make(mlp.fall.weight, mlp.fall.bias)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        fallen: Tensor = self.fall(self.rise(x))
+        return fallen  # (B, n, D)
+
+
+def exchange_layers(transformer: Transformer, make: MakeLinear) -> None:
+    """Replaces the linear layers of all blocks, in place and for good."""
+    for block in transformer.layers:
+        block.attention = FastAttention(block.attention, make)
+        block.mlp = FastMLP(block.mlp, make)
+
+
+# -- 8 bits --
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights (out, in)."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> None:
+        super().__init__()
+        rounded, scales = to_8_bits(weight.detach().float())
+        self.register_buffer("weight", rounded)
+        self.register_buffer("scales", scales[:, 0])
+        self.register_buffer("bias", bias.detach().float())
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scales = to_8_bits(x.flatten(0, -2).float())  # (R, in), (R, 1)
+        sums = integer_product(rows, self.weight)  # (R, out)
+        product = torch.addcmul(self.bias, sums * scales, self.scales).to(x.dtype).unflatten(0, x.shape[:-1])
+        return F.gelu(product, approximate="tanh") if self.gelu else product  # (..., out)
+
+
+def to_8_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (R, n) as int8, and what one step of each is worth (R, 1)."""
+    largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))  # much faster than a norm on CPUs
+    scales = largest.clamp_min_(SMALLEST).div_(LARGEST)
+    return (rows / scales).round_().to(torch.int8), scales
+
+
+def integer_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows (R, n) times the rows of a weight (out, n), all int8: exact sums (R, out), int32."""
+    missing = max(0, FEWEST_CUDA_ROWS - len(rows)) if rows.is_cuda else 0
+    return torch._int_mm(F.pad(rows, (0, 0, 0, missing)), weight.T)[: len(rows)]
+
+
+def to_int8(transformer: Transformer) -> None:
+    """Gives all blocks 8-bit weights, in place and for good.
+
+    Raises ValueError on other devices than CPU and CUDA, and on a processor whose 8-bit products are not exact.
+    """
+    device = transformer.head.weight.device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"8-bit weights run on CPUs and CUDA, and this transformer is on {device}; move it, or draw without them")
+    most = torch.full((FEWEST_CUDA_ROWS, 64), LARGEST, dtype=torch.int8, device=device)
+    if not (integer_product(most, -most) == -64 * LARGEST**2).all():
+        raise ValueError("this processor adds 8-bit products up in 16 bits, where they overflow; draw in float32")
+    exchange_layers(transformer, Int8Linear)
+
+
+# -- packed --
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is laid out for oneDNN once, instead of at every call."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)
+        self.bias = bias.detach().clone()
+        self.after, self.form = ("gelu", "tanh") if gelu else ("none", "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.after, [], self.form)
+        return product  # (..., out)
+
+
+def can_pack(transformer: Transformer) -> bool:
+    """Whether the blocks are plain float32 ones on a CPU, and torch was built with oneDNN's layers."""
+    weight, first = transformer.head.weight, transformer.layers[0]
+    built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not isinstance(first.attention, FastAttention) and built
+
+
+def pack(transformer: Transformer) -> None:
+    """Lays the weights of all blocks out for oneDNN, in place and for good, where `can_pack`."""
+    exchange_layers(transformer, PackedLinear)
