@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import editing, evaluation, speed
+from benchmarks import editing, eight_bits, evaluation, speed
 from examples import bundle, demo, edit, evaluate
 from PIL import Image
 
@@ -57,11 +57,21 @@ def test_the_bundled_model_is_scored_beside_real_renderings(tmp_path: Path, monk
 
 
 @pytest.mark.slow
+def test_the_price_of_8_bits_is_small(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--pictures", "48", "--scenes", "24"])
+    assert eight_bits.main() == 0
+    likeliest, sampled, *_ = (line.split()[-1] for line in capsys.readouterr().out.splitlines())
+    assert 95 < float(likeliest.strip("%")) < 100
+    assert 88 < float(sampled.strip("%")) < 100
+
+
+@pytest.mark.slow
 def test_the_timings_can_be_taken_again(monkeypatch, capsys) -> None:
     monkeypatch.setattr(speed, "SECONDS_A_RATE", 0.0)
+    drawing = ["--depth", "1", "--height", "64", "--steps", "3", "--repeats", "1", "--target", "0"]
     for benchmark, words, expected in (
         (evaluation, ["--samples", "300", "--reference", "200", "--dimensions", "8", "--repeats", "1"], "precision and recall"),
-        (speed, ["--depth", "1", "--height", "64", "--steps", "3", "--repeats", "1", "--target", "0", "--int8", "--compile"], "read once a scale"),
+        (speed, [*drawing, "--int8", "--compile"], "read once a scale"),
     ):
         monkeypatch.setattr(sys, "argv", ["benchmark", *words, "--threads", "1"])
         with torch.no_grad():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -92,3 +95,23 @@ def test_greedy_scales_take_the_likeliest(fused: Choose) -> None:
     logits, numbers = torch.randn(2, 3, 50), torch.rand(2, 3)
     assert torch.equal(fused(logits, numbers, Sampling(), True), logits.argmax(-1))
     assert torch.equal(fused(logits, numbers, Sampling(top_k=1)), logits.argmax(-1))
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from flexvar.fused_sampling import _choose_row
+
+types = ["*fp32", "*fp32", "*i64", "i32", "i32", "fp32", "fp32", "constexpr", "constexpr"]
+for capability in (80, 90):
+    source = ASTSource(_choose_row, dict(zip(_choose_row.arg_names, types)), {"LIMITED": True, "BLOCK": 16384})
+    made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 16})
+    print(capability, len(made.asm["cubin"]) > 10000, made.metadata.shared < 48 * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_it_compiles_for_cuda_on_any_machine(fused: Choose) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.stdout == "80 True True\n90 True True\n", ran.stderr

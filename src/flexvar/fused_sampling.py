@@ -1,7 +1,8 @@
 """Choosing codes by one Triton kernel on CUDA: top-k, top-p and the inverse of the cumulative distribution, without sorting.
 
 What sorting is for, finding the logit at which a count or a sum is reached, is done by halving the range of the row's logits: read as
-integers in the order of their values, 32 halvings tell any two float32 apart. The row stays in registers. `sampling.choose` is the truth.
+integers in the order of their values, at most 32 halvings tell any two float32 apart. The row stays in registers. `sampling.choose` is
+the truth.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _choose_row(logits, numbers, codes, V, top_k, top_p, temperature, LIMITED: t
 
     # Top-k: the largest key that at least k candidates reach. Of those that equal it, so many stay that k are kept.
     low, high = tl.min(keys), largest
-    for _ in range(32):
+    while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
         enough = tl.sum((inside & (keys >= middle)).to(tl.int32)) >= top_k
         low = tl.where(enough, middle, low)
@@ -81,7 +82,7 @@ def _choose_row(logits, numbers, codes, V, top_k, top_p, temperature, LIMITED: t
     if LIMITED:
         limit = top_p * kept
         low, high = last, largest
-        for _ in range(32):
+        while low < high:
             middle = (low & high) + ((low ^ high) >> 1)  # rounded down
             below = _mass_above(weights, keys, middle) < limit
             high = tl.where(below, middle, high)
@@ -96,7 +97,7 @@ def _choose_row(logits, numbers, codes, V, top_k, top_p, temperature, LIMITED: t
     # The inverse: the largest key whose own mass and that above it exceed the target; the last one where only its own is left.
     target = tl.load(numbers + row) * kept
     low, high = last, largest
-    for _ in range(32):
+    while low < high:
         middle = (low | high) - ((low ^ high) >> 1)
         exceeded = tl.sum(tl.where(keys >= middle, weights, 0.0)) > target
         low = tl.where(exceeded, middle, low)

@@ -1,0 +1,106 @@
+"""A report that grows row by row: measurements on one device, each printed as soon as it is known; one that fails is a row that says so."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from traceback import clear_frames
+from typing import TypeAlias
+
+import torch
+
+from benchmarks.attention import wait_for
+from flexvar.memory import is_out_of_memory
+from flexvar.training.meter import matrix_rate
+
+Rows: TypeAlias = list[tuple[str, ...]]
+Table: TypeAlias = tuple[str, ...]
+"""Title and columns; the first column names the measurement."""
+
+CEILINGS: Table = ("Ceilings", "when", "TFLOP/s of products", "TB/s of copying, read and written")
+
+
+class Bench:
+    """A device, what it can do at most, and the report of what was measured on it."""
+
+    def __init__(self, device: torch.device, out: Path | None, limit: float) -> None:
+        self.device, self.on_gpu, self.out = device, device.type == "cuda", out
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        self.products = self.bandwidth = math.nan  # FLOP/s, bytes/s
+        self.end = time.perf_counter() + limit
+        self.table: Table = ()
+
+    def say(self, line: str) -> None:
+        """Prints a line, and appends it to the file."""
+        print(line, flush=True)
+        if self.out is not None:
+            with self.out.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+
+    def rows(self, table: Table, name: str, work: Callable[[], Rows]) -> None:
+        """Does one measurement. One that fails, or that would begin too late, is a row that says so."""
+        title, *columns = table
+        if table != self.table:
+            self.table = table
+            self.say(f"\n**{title}**\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for row in [("not begun, the time was up",)] if time.perf_counter() > self.end else self._attempted(work):
+            cells = [name, *row, *["-"] * (len(columns) - 1 - len(row))]
+            self.say(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+
+    def _attempted(self, work: Callable[[], Rows]) -> Rows:
+        self.tidy()
+        try:
+            return work()
+        except Exception as error:  # whatever it is, the other measurements are still worth their time
+            clear_frames(error.__traceback__)  # they hold the tensors of what failed
+            said = next(iter(str(error).splitlines()), "")
+            return [("out of memory" if is_out_of_memory(error) else f"failed: {type(error).__name__}: {said}"[:200],)]
+
+    def tidy(self) -> None:
+        """Gives back the memory that nothing holds; the peak is of what comes from here on."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def gibibytes(self, count: int | None = None) -> str:
+        """So many bytes, or the most that tensors took at the same time; of GPUs only."""
+        return figure((torch.cuda.max_memory_allocated(self.device) if count is None else count) / 2**30) if self.on_gpu else "-"
+
+    def timed(self, work: Callable[[], object], times: int = 1) -> list[float]:
+        """Seconds of each run."""
+        seconds = []
+        for _ in range(times):
+            wait_for(self.device)
+            began = time.perf_counter()
+            work()
+            wait_for(self.device)
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    def ceilings(self, when: str) -> None:
+        """Takes the rates of large products and of large copies, the best of five."""
+        self.rows(CEILINGS, when, self._ceilings)
+
+    def _ceilings(self) -> Rows:
+        self.products = matrix_rate(self.device, self.dtype)
+        source = torch.randn(2**30 if self.on_gpu else 2**24, device=self.device)
+        self.bandwidth = 2 * source.nbytes / min(self.timed(partial(torch.empty_like(source).copy_, source), 6)[1:])
+        return [(figure(self.products / 1e12), figure(self.bandwidth / 1e12))]
+
+
+def figure(value: float) -> str:
+    """Three digits at least."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def speed(batch: int, each: float, seconds: list[float]) -> tuple[str, ...]:
+    """The batch, how many of what a run does each pass in a second, and milliseconds; the first run warms up and stands apart."""
+    first, *others = seconds
+    spread = f"{figure(1e3 * min(others))} to {figure(1e3 * max(others))}"
+    return str(batch), figure(each * len(others) / sum(others)), figure(1e3 * statistics.median(others)), spread, figure(first)
