@@ -8,13 +8,13 @@ the decoding are recorded once as a CUDA graph: nothing is launched or waited fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from flexvar.generation import Choose, Draw, Keep, Step, draw_scales
+from flexvar.generation import Choose, Draw, Request, Step, draw_scales
 from flexvar.linear import can_pack, pack
 from flexvar.processes import keep_memory
 from flexvar.sampling import Guidance, Sampling, choose
@@ -102,47 +102,33 @@ class Recorded:
         self.recordings: dict[tuple[Schedule, Guidance, Sampling, int], Recording] = {}
 
     @torch.no_grad()
-    def __call__(
-        self,
-        tokenizer: Tokenizer,
-        transformer: Transformer,
-        labels: Tensor,
-        schedule: Schedule,
-        guidance: Guidance,
-        sampling: Sampling,
-        keep: Keep | None,
-        numbers: Tensor,
-    ) -> Iterator[Step]:
-        if keep is not None:
-            yield from draw_scales(tokenizer, transformer, labels, schedule, guidance, sampling, keep, numbers, self.choose)
+    def __call__(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Iterator[Step]:
+        if request.keep is not None:
+            yield from draw_scales(tokenizer, transformer, request, self.choose)
             return
-        fitting = [key for key in self.recordings if key[:3] == (schedule, guidance, sampling) and key[3] >= len(labels)]
-        key = min(fitting, key=lambda key: key[3], default=(schedule, guidance, sampling, len(labels)))
-        recording = self.recordings.pop(key, None)
-        if recording is None:
-            recording = self._recorded(tokenizer, transformer, labels, schedule, guidance, sampling, numbers)
-        self.recordings[key] = recording  # as the latest one
-        *codes, images = recording.run(labels, numbers)
-        for k, size in enumerate(schedule):
-            last = k == len(schedule) - 1
+        *codes, images = self._recording(tokenizer, transformer, request).run(request.labels, request.numbers)
+        for k, size in enumerate(request.schedule):
+            last = k == len(request.schedule) - 1
             yield Step(k, size, codes[k], (lambda _: images) if last else tokenizer.decode)
 
-    def _recorded(
-        self,
-        tokenizer: Tokenizer,
-        transformer: Transformer,
-        labels: Tensor,
-        schedule: Schedule,
-        guidance: Guidance,
-        sampling: Sampling,
-        numbers: Tensor,
-    ) -> Recording:
-        while len(self.recordings) >= MOST_RECORDINGS:
-            del self.recordings[next(iter(self.recordings))]
-        labels, numbers = labels.clone(), numbers.clone()
+    def _recording(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Recording:
+        """The one with the smallest batch that holds the request, or a new one."""
+        settings, pictures = (request.schedule, request.guidance, request.sampling), len(request.labels)
+        fitting = [key for key in self.recordings if key[:3] == settings and key[3] >= pictures]
+        key = min(fitting, key=lambda key: key[3], default=(*settings, pictures))
+        recording = self.recordings.pop(key, None)
+        if recording is None:
+            while len(self.recordings) >= MOST_RECORDINGS:
+                del self.recordings[next(iter(self.recordings))]
+            recording = self._recorded(tokenizer, transformer, request)
+        self.recordings[key] = recording  # as the latest one
+        return recording
+
+    def _recorded(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Recording:
+        own = replace(request, labels=request.labels.clone(), numbers=request.numbers.clone())
 
         def work() -> list[Tensor]:
-            steps = list(draw_scales(tokenizer, transformer, labels, schedule, guidance, sampling, None, numbers, self.choose))
+            steps = list(draw_scales(tokenizer, transformer, own, self.choose))
             return [*(step.codes for step in steps), steps[-1].images]
 
-        return Recording(labels, numbers, *self.record(work))
+        return Recording(own.labels, own.numbers, *self.record(work))

@@ -72,7 +72,19 @@ class Keep:
         return kept if self.where is None else torch.where(self.where[scale].to(drawn.device, torch.bool), kept, drawn)
 
 
-Draw: TypeAlias = Callable[[Tokenizer, Transformer, Tensor, Schedule, Guidance, Sampling, Keep | None, Tensor], Iterator[Step]]
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn: checked, and on the device of the networks."""
+
+    labels: Tensor  # (B,), int64
+    schedule: Schedule
+    guidance: Guidance
+    sampling: Sampling
+    keep: Keep | None
+    numbers: Tensor  # (B, L), uniform in [0, 1)
+
+
+Draw: TypeAlias = Callable[[Tokenizer, Transformer, Request], Iterator[Step]]
 Choose: TypeAlias = Callable[[Tensor, Tensor, Sampling, bool], Tensor]
 
 
@@ -106,30 +118,22 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds were given for {len(labels)} pictures; give one a picture")
     if keep is not None:
         keep.check(schedule, len(labels), config.codebook_size)
-    numbers = uniform_numbers(seeds, schedule.tokens).to(device)  # (B, L)
-    return (draw or draw_scales)(tokenizer, transformer, labels.to(device, torch.int64), schedule, guidance, sampling, keep, numbers)
+    numbers = uniform_numbers(seeds, schedule.tokens).to(device)
+    request = Request(labels.to(device, torch.int64), schedule, guidance, sampling, keep, numbers)
+    return (draw or draw_scales)(tokenizer, transformer, request)
 
 
 @torch.no_grad()
-def draw_scales(
-    tokenizer: Tokenizer,
-    transformer: Transformer,
-    labels: Tensor,
-    schedule: Schedule,
-    guidance: Guidance,
-    sampling: Sampling,
-    keep: Keep | None,
-    numbers: Tensor,
-    choose: Choose = choose,
-) -> Iterator[Step]:
-    """The loop itself, on checked input: labels (B,), int64, and uniform numbers (B, L) on the device. Nothing in it waits for a GPU."""
-    weights = guidance.weights(schedule, transformer.config.trained_grid)
-    greedy = sampling.greedy_scales(schedule, transformer.config.trained_grid)
+def draw_scales(tokenizer: Tokenizer, transformer: Transformer, request: Request, choose: Choose = choose) -> Iterator[Step]:
+    """The loop itself. Nothing in it waits for a GPU."""
+    labels, schedule, keep = request.labels, request.schedule, request.keep
+    weights = request.guidance.weights(schedule, transformer.config.trained_grid)
+    greedy = request.sampling.greedy_scales(schedule, transformer.config.trained_grid)
     guided = max((k + 1 for k, weight in enumerate(weights) if weight != 1), default=0)  # scales, from the first
 
     # Each half is a batch that goes through the network at once: pictures with their class, and the same ones without it.
     unlabelled = torch.full_like(labels, transformer.config.null_class)
-    halves = [labels] if not guided else [labels, unlabelled] if guidance.split else [torch.cat((labels, unlabelled))]
+    halves = [labels] if not guided else [labels, unlabelled] if request.guidance.split else [torch.cat((labels, unlabelled))]
     conditions = [transformer.condition(half) for half in halves]
     caches = [transformer.new_cache(len(half), schedule) for half in halves]
 
@@ -149,7 +153,8 @@ def draw_scales(
             read = torch.lerp(without, with_class, weights[k]).to(read.dtype)  # (B, n, D)
         if k == len(schedule) - 1:
             del caches, embedded  # decoding gets their memory
-        codes = choose(full_logits(transformer.head, read), numbers[:, at], sampling, greedy[k]).unflatten(1, size)  # (B, h, w)
+        drawn = choose(full_logits(transformer.head, read), request.numbers[:, at], request.sampling, greedy[k])  # (B, n)
+        codes = drawn.unflatten(1, size)  # (B, h, w)
         if keep is not None:
             codes = keep.apply(k, codes)
         yield Step(k, size, codes, tokenizer.decode)
