@@ -133,6 +133,14 @@ def test_fixed_views_refuse_what_does_not_exist() -> None:
         VIEWS.draw(10, (8, 8), np.random.default_rng(0))
 
 
+def test_a_cache_names_what_could_not_be_read(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path, SETTINGS)
+    for shard, names in enumerate((["b.png", "a.png"], (), {"b.png", "data[7]"})):
+        writer.write(shard, *shard_of(writer, shard), names)
+    assert FeatureCache(tmp_path).unreadable == [Path("a.png"), Path("b.png"), Path("data[7]")]
+    assert verify(tmp_path) == []
+
+
 def test_fixed_views_tell_what_the_source_could_not_read(tmp_path: Path) -> None:
     assert VIEWS.unreadable == []
     write_pictures(Shapes(), tmp_path, count_per_class=1, size=(8, 8), seed=0)

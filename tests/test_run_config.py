@@ -2,13 +2,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from flexvar import TokenizerConfig, TransformerConfig
 from flexvar.training.config import read_config
-from flexvar.training.settings import CacheRun, OptimiserConfig, RunConfig, TokenizerRun, TokenizerShape, TransformerRun, TransformerShape
+from flexvar.training.settings import (
+    CacheRun,
+    DataConfig,
+    OptimiserConfig,
+    RunConfig,
+    TokenizerRun,
+    TokenizerShape,
+    TransformerRun,
+    TransformerShape,
+)
 
 BOTH = [
     ("steps=0", "steps is 0; it must be at least 1"),
@@ -103,11 +114,26 @@ TRANSFORMER = [
     ("model.positions=round", "model.positions: Invalid value 'round'"),
     ("model.dept=3", "Did you mean: 'depth'?"),
 ]
+UNUSED = {
+    "data.path=x": "emoji shapes",
+    "data.held_out=x": "emoji shapes",
+    "data.split=x": "folder shards features emoji shapes",
+    "data.image=x": "folder shards features emoji shapes",
+    'data.label=""': "folder shards features emoji shapes",
+    "data.classes=[a,b]": "folder hub features shapes",
+    "data.views=3": "folder hub hub-stream shards features",
+    "data.fixed_views=3": "hub-stream shards features",
+    "data.flip=false": "features emoji shapes",
+    "data.resize=[1,1]": "features emoji shapes",
+    "data.shuffle=3": "folder hub features emoji shapes",
+}
 CACHE = [
     ('out=""', "out is empty; name the folder of the cache"),
     ("views=0", "views is 0"),
     ("shard=0", "shard is 0"),
     ("data.kind=shards", "features are cached from folder, hub, emoji or shapes"),
+    ("data.held_out=x", "data.held_out means nothing to a cache"),
+    ("data.fixed_views=2", "data.fixed_views means nothing to a cache"),
     ("outt=x", "Did you mean: 'out'?"),
 ]
 CASES = [
@@ -136,6 +162,20 @@ def test_what_makes_no_sense_is_named_in_one_line(kind: type[RunConfig], word: s
     message = fault(kind, path, word)
     assert words in message
     assert str(path) in message or "is not valid YAML" in message
+
+
+def test_a_setting_that_the_kind_of_data_ignores_is_refused(path: Path) -> None:
+    kinds = get_args(get_type_hints(DataConfig)["kind"])
+    assert {word.partition("=")[0].removeprefix("data.") for word in UNUSED} == {entry.name for entry in fields(DataConfig)} - {"kind"}
+    for word, unused in UNUSED.items():
+        key = word.partition("=")[0]
+        for kind in kinds:
+            if kind not in unused.split():
+                read_config(TransformerRun, path, [f"data.kind={kind}", word])
+                continue
+            message = fault(TransformerRun, path, f"data.kind={kind}", word)
+            assert f"{key} means nothing to data.kind={kind}, only to " in message
+            read_config(TransformerRun, path, [f"data.kind={kind}", word, message.rpartition("or set ")[2]])
 
 
 @pytest.mark.parametrize(("word", "words"), CACHE)

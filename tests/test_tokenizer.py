@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flexvar import Schedule, Tokenizer, TokenizerConfig
 from flexvar.tokenizer.quantizer import Quantizer
@@ -64,6 +65,17 @@ def test_a_million_tokens_in_bounded_memory() -> None:
     assert codes.shape == (1_000_000,)
     assert torch.equal(codes[-5:], quantizer.nearest(features[-5:]))
     assert grown < 600 * 2**20, f"{grown / 2**20:.0f} MiB more in {time.perf_counter() - began:.0f} s"
+
+
+def test_attention_takes_the_kernel_that_holds_no_scores(small_tokenizer: Tokenizer) -> None:
+    pictures = torch.rand(2, 3, 24, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = []
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with sdpa_kernel(kernel):  # no other is allowed
+            features = small_tokenizer.features(pictures)
+            found.append((features, small_tokenizer.decode_vectors(features)))
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_groups_shrink_with_the_channels() -> None:

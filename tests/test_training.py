@@ -133,6 +133,7 @@ def test_two_processes_train_as_one(stage: str, trained_tokenizer: Path, tmp_pat
     for ours, theirs in zip(one, two, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=2e-2)
+        assert ours.get("codes_in_use") == pytest.approx(theirs.get("codes_in_use"), abs=1 / 16)  # a code may differ by rounding
 
 
 def test_a_batch_that_cannot_be_shared() -> None:
@@ -226,7 +227,7 @@ def test_folder_of_pictures_with_a_corrupt_one(tmp_path: Path, capsys) -> None:
     assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), *words]) == 0
     said = capsys.readouterr()
     assert broken.name in said.err
-    assert f"1 pictures could not be read and were skipped: {broken.name}" in said.out
+    assert f"1 pictures could not be read and were skipped: {broken.parent.name}/{broken.name}" in said.out
 
 
 def test_shipped_configs_are_read() -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flexvar.checkpoint import load
+from flexvar.checkpoint import load, save
 from flexvar.cli import main
-from flexvar.data import Shapes
+from flexvar.data import FeatureCache, Shapes
 from flexvar.data.shards import TarShards
 from flexvar.training.order import Batch, Steps, picture_at
 from flexvar.training.stream import PICTURES_A_SHARD, Stream
@@ -140,18 +140,18 @@ def tokenizer(tmp_path_factory) -> Path:
     return folder / "tokenizer" / "model"
 
 
-def cache_config(folder: Path, tokenizer: Path) -> list[str]:
+def cache_config(folder: Path, tokenizer: Path, data: str = "{kind: shapes, views: 3}") -> list[str]:
     path = folder / "cache.yaml"
     path.write_text(
         f"out: {folder / 'cache'}\ntokenizer: {tokenizer}\nviews: 3\nbatch: 4\nshard: 8\nsizes: [[16, 16], [16, 24]]\n"
-        "data: {kind: shapes, views: 3}\n"
+        f"data: {data}\n"
     )
     return ["cache", str(path)]
 
 
 def test_training_from_the_cache_is_training_through_the_tokenizer(tokenizer: Path, tmp_path: Path, capsys) -> None:
     assert main(cache_config(tmp_path, tokenizer)) == 0
-    runs = {"online": ["data.fixed_views=3"], "cached": ["data.kind=features", f"data.path={tmp_path / 'cache'}"]}
+    runs = {"online": ["data.views=3", "data.fixed_views=3"], "cached": ["data.kind=features", f"data.path={tmp_path / 'cache'}"]}
     for name, words in runs.items():
         assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer, 6, name)), "measure=0", *words]) == 0
     for online, cached in zip(reports(tmp_path / "online"), reports(tmp_path / "cached"), strict=True):
@@ -181,8 +181,6 @@ def test_a_cache_goes_on_is_checked_and_refused(tokenizer: Path, tmp_path: Path,
     assert main([*command, "views=2"]) == 2
     assert "views is 3, not 2" in capsys.readouterr().err
     assert main([*command, "views=2", "--overwrite"]) == 0
-    assert main([*command, "views=2", "data.kind=shards"]) == 2
-    assert "features are cached from folder, hub, emoji or shapes" in capsys.readouterr().err
     other = tokenizer_config(tmp_path, name="other")
     assert main(["train", "tokenizer", str(other), "seed=1"]) == 0
     assert main([*training, f"tokenizer={tmp_path / 'other' / 'model'}"]) == 2
@@ -191,10 +189,20 @@ def test_a_cache_goes_on_is_checked_and_refused(tokenizer: Path, tmp_path: Path,
 
 def test_a_cache_of_a_folder_with_a_corrupt_picture(tokenizer: Path, tmp_path: Path, capsys) -> None:
     assert main(["data", "shapes", str(tmp_path / "shapes"), "--count", "2", "--height", "20", "--width", "20"]) == 0
-    next((tmp_path / "shapes").rglob("*.png")).write_bytes(b"not a picture")
-    assert main([*cache_config(tmp_path, tokenizer), f"data={{kind: folder, path: {tmp_path / 'shapes'}}}"]) == 0
+    broken = [tmp_path / "shapes" / name for name in ("arrow/0001.png", "cross/0000.png", "star/0000.png", "star/0001.png")]
+    for path in broken:
+        path.write_bytes(b"not a picture")
+    command, line = cache_config(tmp_path, tokenizer, f"{{kind: folder, path: {tmp_path / 'shapes'}}}"), "4 pictures could not be read"
+    assert main(command) == 0
+    assert f"{line} and were skipped: arrow/0001.png, cross/0000.png, star/0000.png ...\n" in capsys.readouterr().out
+    assert FeatureCache(tmp_path / "cache").unreadable == broken
+    (tmp_path / "cache" / "features-00000.safetensors").unlink()
+    assert main(command) == 0  # of all shards, those too that were written before
+    assert line in capsys.readouterr().out
+    assert main([*command, "--check"]) == 0
     data = [f"data={{kind: features, path: {tmp_path / 'cache'}}}"]
     assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer)), *data]) == 0
+    assert line in capsys.readouterr().out
     assert len(load(tmp_path / "transformer" / "model").class_names) == 10
 
 
@@ -244,3 +252,30 @@ def test_fine_tuning_on_other_classes(tokenizer: Path, tmp_path: Path, capsys) -
     assert tuned.config.table_side == 12
     assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer, name="wider")), *words, "model.width=32"]) == 2
     assert "does not fit the config's model" in capsys.readouterr().err
+
+
+def test_a_transformer_begun_on_other_codes_is_told(tokenizer: Path, tmp_path: Path, capsys) -> None:
+    """By `init_from` and on going on: a warning, or an error where the number of codes differs. Rounding makes no other codes."""
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path, name="other")), "seed=1"]) == 0
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path, name="more")), "model.codebook_size=32"]) == 0
+    other, more, half = tmp_path / "other" / "model", tmp_path / "more" / "model", tmp_path / "half"
+    save(load(tokenizer), half, dtype=torch.bfloat16)
+    assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer, 2, "first"))]) == 0
+    first = tmp_path / "first" / "model"
+
+    def said(name: str, codes: Path, steps: int, *words: str) -> str:
+        capsys.readouterr()
+        status = main(["train", "transformer", str(transformer_config(tmp_path, codes, steps, name)), *words])
+        said = capsys.readouterr()
+        assert status == (2 if "32 of width 4" in said.err else 0), said.err
+        return "".join(line for line in said.err.splitlines() if "flexvar:" in line)
+
+    assert said("same", half, 1, f"init_from={first}") == ""
+    told = f"{first} was trained on other codes than {other} has, and must learn these; tokenizer={first} has its own"
+    assert told in said("tuned", other, 1, f"init_from={first}")
+    assert said("tuned", other, 2, f"init_from={first}") == ""  # the run goes on with its own codes
+    sizes = f"{first} was trained on 16 codes of width 4, and {more} has 32 of width 4; take its own, tokenizer={first}, or begin anew"
+    assert sizes in said("larger", more, 1, f"init_from={first}")
+    assert sizes in said("first", more, 4)
+    assert said("first", half, 4) == ""
+    assert told in said("first", other, 6)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexvar.checkpoint import load
 from flexvar.cli import main
@@ -113,6 +114,32 @@ def test_an_adversary_without_a_finite_gradient_does_not_learn_from_it(tmp_path:
     assert [report["skipped_steps"] for report in reports(tmp_path / "tokenizer")] == [0, 1, 1, 1]
     state = newest_state(tmp_path / "tokenizer")["workshop"]
     assert all(tensor.isfinite().all() for name, tensor in state.items() if name.startswith("adversary."))
+
+
+def test_a_step_looks_at_its_device_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Every look waits for it: what network and adversary have to say is read together."""
+    looks: list[int] = []
+
+    class SingleNumbers(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            looks[-1] += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    def lists(self: torch.Tensor) -> list:
+        looks[-1] += 1
+        return original_list(self)
+
+    def one(self: _Run, batch) -> tuple[float, float]:
+        looks.append(0)
+        with SingleNumbers(), monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lists)
+            return original(self, batch)
+
+    original, original_list = _Run._one, torch.Tensor.tolist
+    monkeypatch.setattr(_Run, "_one", one)
+    words = ["adversary.weight=0.1", "adversary.start=1", "adversary.channels=8", "adversary.layers=1", "smallest=8", "restart_every=0"]
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), *words]) == 0
+    assert looks == [1, 1, 1, 1]
 
 
 def test_what_a_run_cannot_do_is_said_in_one_line(tokenizer: Path, tmp_path: Path, capsys) -> None:
@@ -224,6 +251,32 @@ def test_stopped_with_workers_it_saves_and_goes_on(number: signal.Signals, token
     assert 0 < step < 2000
     assert main(["train", "transformer", str(config), f"steps={step + 2}"]) == 0
     assert [report["step"] for report in reports(tmp_path / "stopped")] == list(range(1, step + 3))
+
+
+ONE_IS_TOLD_TO_STOP = """
+import os, signal, sys
+from flexvar.training.loop import _Run
+one = _Run._one
+def told(self, batch):
+    if (self.step, self.rank) == (2, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return one(self, batch)
+_Run._one = told
+from flexvar.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_told_to_stop_and_both_do(tokenizer: Path, tmp_path: Path) -> None:
+    script, config = tmp_path / "told.py", transformer_config(tmp_path, tokenizer, steps=2000, name="told")
+    script.write_text(ONE_IS_TOLD_TO_STOP)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(script), "train", "transformer", str(config), "save_every=1000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert "stopped at step 3 and saved" in done.stdout + done.stderr
+    assert newest_state(tmp_path / "told")["step"] == 3
 
 
 KILLED_WHILE_SAVING = """

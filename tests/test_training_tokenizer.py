@@ -79,6 +79,7 @@ def test_reduced_pictures(how) -> None:
     small = losses.reduced(pictures, (8, 12), how)
     assert small.shape == (2, 3, 8, 12)
     assert small.mean().item() == pytest.approx(pictures.mean().item(), abs=0.02)
+    assert not losses.reduced(pictures.requires_grad_(), (8, 12), how).requires_grad  # a target
     if how == "area":
         torch.testing.assert_close(small[0, 0, 0, 0], pictures[0, 0, :3, :3].mean())
 

@@ -21,7 +21,7 @@ restart_every: 2
 measure: 1
 model: {{channels: 8, multipliers: [1, 2, 2], blocks: 1, z_channels: 8, norm_groups: 4, codebook_size: 16, code_width: 4}}
 optimiser: {{learning_rate: 1e-2}}
-data: {{kind: shapes, views: 3}}
+data: {{kind: shapes}}
 """
 
 TRANSFORMER = """
@@ -39,7 +39,7 @@ drop_path: 0.1
 sheet_labels: [0, 1]
 model: {{depth: 2, width: 16, heads: 2}}
 optimiser: {{learning_rate: 1e-2, ema: 0.9}}
-data: {{kind: shapes, views: 3}}
+data: {{kind: shapes}}
 """
 
 

@@ -1,7 +1,8 @@
 """The feature cache: what a frozen tokenizer makes of fixed views of each picture, so that training needs no encoder.
 
 A folder of cache.json and features-00000.safetensors, -00001, ...; a shard is whole or absent, and the same settings continue an
-unfinished cache. `FixedViews` gives online the very pictures whose features `FeatureCache` reads.
+unfinished cache. `FixedViews` gives online the very pictures whose features `FeatureCache` reads. The metadata of a shard holds a
+checksum for each tensor, and names the pictures that could not be read.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import json
 import reprlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from flexvar.writing import write_whole
 
 FORMAT = 1
 SETTINGS = "cache.json"
-LABELS = "labels"
+LABELS, UNREADABLE = "labels", "unreadable"
 DTYPES: dict[str, np.dtype] = {"F16": np.dtype(np.float16), "I64": np.dtype(np.int64)}  # by their names in a safetensors file
 AGAIN = "run the same `flexvar cache` command again, without --overwrite"
 
@@ -175,11 +176,11 @@ class CacheWriter:
         """The pictures whose features belong into a shard. IndexError where there is no such shard."""
         return self.settings.pictures_of(shard)
 
-    def write(self, shard: int, labels: np.ndarray, features: Mapping[Size, np.ndarray]) -> None:
+    def write(self, shard: int, labels: np.ndarray, features: Mapping[Size, np.ndarray], unreadable: Collection[str] = ()) -> None:
         """Writes a shard: labels (n,) int64 and, for each size of the cache, features (n, views, C, h, w) float16.
 
-        n = len(pictures_of(shard)). Raises ValueError for other sizes, shapes or dtypes, for labels without a class, and for features
-        that are not finite.
+        n = len(pictures_of(shard)). `unreadable` names the pictures in whose place others stand. Raises ValueError for other sizes,
+        shapes or dtypes, for labels without a class, and for features that are not finite.
         """
         if set(features) != set(self.settings.sizes):
             raise ValueError(f"features of {[*features]} for a cache of {[*self.settings.sizes]}: give each of its sizes, and no other")
@@ -195,7 +196,8 @@ class CacheWriter:
         if labels.min() < 0 or labels.max() > last:
             raise ValueError(f"labels of shard {shard} run from {labels.min()} to {labels.max()}; the classes are 0 to {last}")
         path = self._shards.path(shard)
-        write_whole(path, partial(save_file, tensors, metadata={name: _checksum(values) for name, values in tensors.items()}))
+        metadata = {UNREADABLE: json.dumps(sorted(unreadable)), **{name: _checksum(values) for name, values in tensors.items()}}
+        write_whole(path, partial(save_file, tensors, metadata=metadata))
         for leftover in self.folder.glob(f".{path.name}.*.unfinished"):  # of a process that was killed
             leftover.unlink()
 
@@ -203,8 +205,8 @@ class CacheWriter:
 class FeatureCache:
     """A finished cache to train from: what the tokenizer makes of `FixedViews`, memory-mapped, so that worker processes share it.
 
-    `settings` is its cache.json, `labels` (pictures,) int64 are those of all pictures. Raises FileNotFoundError for a folder without a
-    cache, and ValueError where a shard is missing, truncated or of another cache.
+    `settings` is its cache.json, `labels` (pictures,) int64 are those of all pictures, `unreadable` names those in whose place others
+    stand. Raises FileNotFoundError for a folder without a cache, and ValueError where a shard is missing, truncated or of another cache.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -213,7 +215,10 @@ class FeatureCache:
         self._shards = _Shards(self.folder, self.settings)
         if missing := self._shards.missing():
             raise ValueError(self._shards.unfinished(missing))
-        self.labels = np.concatenate([self._shards.open(shard).get_tensor(LABELS) for shard in range(self.settings.shards)])
+        files = [self._shards.open(shard) for shard in range(self.settings.shards)]
+        self.labels = np.concatenate([file.get_tensor(LABELS) for file in files])
+        named = [json.loads((file.metadata() or {}).get(UNREADABLE, "[]")) for file in files]
+        self.unreadable = [Path(name) for name in sorted({name for names in named for name in names})]
         self._files: dict[int, safe_open] = {}  # by shard, opened when first needed
 
     def __len__(self) -> int:

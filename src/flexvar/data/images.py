@@ -5,7 +5,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -142,6 +142,12 @@ def readable(name: Path, decode: Callable[[], Image.Image], unreadable: list[Pat
         unreadable.append(name)
         warnings.warn(f"skipped a picture: {error}", stacklevel=3)
         return None
+
+
+def count_of_unreadable(names: Collection[str | os.PathLike[str]]) -> str:
+    """How many pictures could not be read, and which, in one line that holds the first few names, with their class folders."""
+    first = ", ".join("/".join(Path(name).parts[-2:]) for name in sorted(map(str, names))[:3])
+    return f"{len(names)} pictures could not be read and were skipped: {first}{' ...' if len(names) > 3 else ''}"
 
 
 @lru_cache(maxsize=1)

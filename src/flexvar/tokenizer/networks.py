@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,10 +47,11 @@ class AttentionBlock(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)  # (B, ch, H, W)
-        q, k, v = (conv(normed).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, H·W, ch)
+        # A position's channels side by side, without which attention falls back on the kernel that holds all scores at once.
+        normed = self.norm(x).contiguous(memory_format=torch.channels_last)  # (B, ch, H, W)
+        q, k, v = (conv(normed).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, H·W, ch)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H·W, ch)
-        return x + self.out(attended[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, ch, H, W)
+        return x + self.out(attended[:, 0].mT.unflatten(2, x.shape[2:]))  # (B, ch, H, W)
 
 
 class Downsample(nn.Conv2d):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from flexvar.checkpoint import load
 from flexvar.data import FixedViews, PictureSource
-from flexvar.data.features import CacheSettings, CacheWriter
+from flexvar.data.features import CacheSettings, CacheWriter, FeatureCache
+from flexvar.data.images import count_of_unreadable
 from flexvar.models import model_folder
 from flexvar.processes import pick_device, processes
 from flexvar.progress import progress
@@ -22,11 +26,13 @@ from flexvar.training.optimiser import precision
 from flexvar.training.settings import CacheRun
 from flexvar.training.start import digest, open_source, spare_cores
 
+PATIENCE = timedelta(days=1)  # with a process that still writes shards when the others have written theirs
+
 
 def cache_features(config: CacheRun, overwrite: bool = False) -> Path:
     """Writes the cache that a config asks for, or goes on where it stopped; gives its folder."""
     device = pick_device()
-    with processes(device) as (rank, world):
+    with processes(device, PATIENCE) as (rank, world):
         if not config.tokenizer:
             raise ValueError("tokenizer is empty; name the model folder of a trained tokenizer")
         folder = model_folder(config.tokenizer)
@@ -54,6 +60,10 @@ def cache_features(config: CacheRun, overwrite: bool = False) -> Path:
         own = [shard for shard in writer.missing() if shard % world == rank]
         for shard in progress(own, f"caching into {config.out}"):
             _write(writer, shard, views, tokenizer, config.batch, dtype)
+        if dist.is_initialized():
+            dist.barrier()
+        if rank == 0 and (unreadable := FeatureCache(config.out).unreadable):
+            tqdm.write(count_of_unreadable(unreadable))
     return Path(config.out)
 
 
@@ -62,21 +72,26 @@ def _write(writer: CacheWriter, shard: int, views: FixedViews, tokenizer: Tokeni
     indices, device = writer.pictures_of(shard), tokenizer.after_codes.weight.device
     labels = np.empty(len(indices), np.int64)
     maps: dict[Size, np.ndarray] = {}
+    unreadable: set[str] = set()
     for size in writer.settings.sizes:
         parts = []
-        loader = DataLoader(_Views(views, indices, size), batch_size=batch, num_workers=spare_cores())
-        for pictures, given in loader:  # (B, views, 3, H, W) uint8, (B,)
+        loader = DataLoader(_Views(views, indices, size), batch_size=batch, collate_fn=_together, num_workers=spare_cores())
+        for pictures, given, names in loader:  # (B, views, 3, H, W) uint8, (B,)
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 images = pictures.flatten(0, 1).to(device) / 127.5 - 1
                 features = tokenizer.features(images).unflatten(0, pictures.shape[:2])  # (B, views, C, h, w)
             parts.append(features.half().cpu().numpy())
             labels[sum(len(part) for part in parts[:-1]) :][: len(given)] = given.numpy()
+            unreadable |= names
         maps[size] = np.concatenate(parts)
-    writer.write(shard, labels, maps)
+    writer.write(shard, labels, maps, unreadable)
 
 
-class _Views(Dataset[tuple[np.ndarray, int]]):
-    """Item i is all views of the i-th of some pictures, (views, 3, H, W) uint8, and its label."""
+_Item = tuple[np.ndarray, int, list[str]]
+
+
+class _Views(Dataset[_Item]):
+    """Item i is all views of the i-th of some pictures, (views, 3, H, W) uint8, its label, and the pictures unreadable so far."""
 
     def __init__(self, views: FixedViews, indices: range, size: Size) -> None:
         self.views, self.indices, self.size = views, indices, size
@@ -84,6 +99,13 @@ class _Views(Dataset[tuple[np.ndarray, int]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, place: int) -> _Item:
         drawn = [self.views.view(self.indices[place], view, self.size) for view in range(self.views.views)]
-        return np.stack([pixels for pixels, _ in drawn]).transpose(0, 3, 1, 2), drawn[0][1]
+        names = [str(path) for path in self.views.unreadable]
+        return np.stack([pixels for pixels, _ in drawn]).transpose(0, 3, 1, 2), drawn[0][1], names
+
+
+def _together(items: list[_Item]) -> tuple[Tensor, Tensor, set[str]]:
+    """A batch: pictures (B, views, 3, H, W) uint8, labels (B,), and the unreadable ones."""
+    pictures, labels, names = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(pictures)), torch.tensor(labels), {name for some in names for name in some}

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flexvar.checkpoint import load
+from flexvar.checkpoint import TOKENIZER, load
 from flexvar.models import model_folder
 from flexvar.official import read_released, released_name
 from flexvar.position import resample
@@ -17,6 +19,32 @@ from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
 
 CODES = ("quantizer.", "before_codes.", "after_codes.")  # the tensors of a tokenizer that depend on the shape of the codebook
+ROUNDING = 0.01  # of unit vectors, with room for bfloat16
+
+
+def check_codes(folder: Path, tokenizer: Tokenizer, name: str) -> None:
+    """Compares the codes on which a folder's transformer was trained with those of the tokenizer called `name`, if it has its own with it.
+
+    ValueError where their number or width differs, and a warning where they are others, but for rounding.
+    """
+    path = folder / TOKENIZER
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            theirs = file.get_tensor("quantizer.codebook").float()  # (V, C)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove or replace it") from error
+    ours = tokenizer.quantizer.codebook.detach()  # (V, C)
+    if theirs.shape != ours.shape:
+        (their_size, their_width), (size, width) = theirs.shape, ours.shape
+        raise ValueError(
+            f"{folder} was trained on {their_size} codes of width {their_width}, and {name} has {size} of width {width}; "
+            f"take its own, tokenizer={folder}, or begin anew: another run= without init_from"
+        )
+    if not torch.allclose(F.normalize(theirs, dim=-1), F.normalize(ours, dim=-1), rtol=0, atol=ROUNDING):
+        told = f"{folder} was trained on other codes than {name} has, and must learn these; tokenizer={folder} has its own"
+        warnings.warn(told, stacklevel=2)
 
 
 def begin_from(name: str, network: nn.Module, class_names: Sequence[str]) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from flexvar.data.images import count_of_unreadable
 from flexvar.processes import MOST_WORKERS
 from flexvar.training.meter import Meter, Work, matrix_rate, nested
 from flexvar.training.optimiser import learning_rate, parameter_groups, precision
@@ -70,7 +71,7 @@ class _Run:
         self.shards: dict[int, int] = {}  # of a stream: the shard that each lane is at
         self.first_shard = 0
         self.unreadable: set[str] = set()
-        self.stopping = False
+        self.told_to_stop = self.stopping = False  # this process, by a signal; all of them
         self._resume()
         self.first_step = self.step  # of this piece of the run
         for part in workshop.to_compile() if config.compile else []:
@@ -93,9 +94,7 @@ class _Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self.unreadable:
-            names = ", ".join(sorted(Path(name).name for name in self.unreadable)[:3])
-            more = " ..." if len(self.unreadable) > 3 else ""
-            self._say(f"{len(self.unreadable)} pictures could not be read and were skipped: {names}{more}")
+            self._say(count_of_unreadable(self.unreadable))
         if self.stopping:
             self._say(f"stopped at step {self.step} and saved; the same command goes on")
             raise KeyboardInterrupt
@@ -111,7 +110,7 @@ class _Run:
             self.shards[batch.lane] = batch.shard
             self.unreadable.update(batch.unreadable)
             broken = self.skipped_in_a_row >= config.bad_steps
-            last = self.step == config.steps or broken or self._all_stopping()
+            last = self.step == config.steps or broken or self.stopping
             reporting, saving = (last or self.step % every == 0 for every in (config.report_every, config.save_every))
             if reporting or saving:
                 averages = self.meter.averages() if reporting else {}  # waits for the device
@@ -151,12 +150,9 @@ class _Run:
             self.scaler.scale(loss / len(parts)).backward()
             figures_of_parts.append(figures)
         self.scaler.unscale_(self.optimiser)
-        clip = options.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), clip).item()
-        finite = math.isfinite(norm)
-        if self.workshop.adversary is not None:
-            finite &= bool(nn.utils.clip_grad_norm_(self.workshop.adversary.parameters(), clip).isfinite())
-        if finite:
+        learning = [part for part in (self.network, self.workshop.adversary) if part is not None]
+        norms = self._read([nn.utils.clip_grad_norm_(part.parameters(), options.clip or math.inf) for part in learning])
+        if all(map(math.isfinite, norms)):
             self.scaler.step(self.optimiser)
             self.workshop.after_step(self.step + 1, self.optimiser)
             decay = min(options.ema, (1 + self.step) / (10 + self.step))
@@ -168,7 +164,19 @@ class _Run:
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()
-        return norm, rate
+        return norms[0], rate
+
+    def _read(self, norms: list[Tensor]) -> list[float]:
+        """The norms of a step's gradients; and whether any process was told to stop, as then all of them do, after the same step.
+
+        The one place where a usual step waits for the device. It has to: without finite gradients there is no step.
+        """
+        told = torch.full((), float(self.told_to_stop), device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+        *read, stop = torch.stack([scalar.to(self.device) for scalar in (*norms, told)]).tolist()  # of no gradients it is on the CPU
+        self.stopping = bool(stop)
+        return read
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -276,12 +284,4 @@ class _Run:
             tqdm.write(text)
 
     def _stop(self, *_: Any) -> None:
-        self.stopping = True  # the step in hand is finished and saved first
-
-    def _all_stopping(self) -> bool:
-        """Whether any process was asked to stop: then all of them do, after the same step."""
-        if dist.is_initialized():
-            flag = torch.tensor(int(self.stopping), device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.stopping = bool(flag.item())
-        return self.stopping
+        self.told_to_stop = True  # the step in hand is finished and saved first

@@ -55,8 +55,12 @@ def entropy(features: Tensor, codebook: Tensor, temperature: float = 0.01) -> Te
     return of_each - torch.special.entr(mean).sum()
 
 
+@torch.no_grad()
 def reduced(pictures: Tensor, size: tuple[int, int], how: Literal["area", "bicubic"]) -> Tensor:
-    """Pictures (B, 3, H, W) at a coarser scale's pixels: averaged, or bicubic with antialiasing, which is crisper and can overshoot."""
+    """Pictures (B, 3, H, W) at a coarser scale's pixels: averaged, or bicubic with antialiasing, which is crisper and can overshoot.
+
+    A target, so no gradient passes it: torch has no backward pass of antialiased bicubic on MPS, and none is needed.
+    """
     if pictures.shape[-2:] == size:
         return pictures
     if how == "area":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from flexvar.schedule import grid_of
@@ -36,6 +37,15 @@ def _demand(settings: Any, rule: Rule, keys: str) -> None:
             raise ValueError(f"{key} is {value}; it must be {words}")
 
 
+def _demand_unset(settings: Any, keys: str, whom: str) -> None:
+    """ValueError naming the first of the keys that is set although it means nothing to somebody."""
+    usual = {entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory() for entry in fields(settings)}
+    for key in keys.split():
+        name = key.split(".")[-1]
+        if getattr(settings, name) != usual[name]:
+            raise ValueError(f"{key} means nothing to {whom}; remove it, or set {key}={json.dumps(usual[name])}")
+
+
 def _demand_grids(sizes: list[list[int]], downsample: int) -> None:
     """ValueError naming a picture size that has no whole grid of codes, and the nearest that has."""
     for height, width in sizes:
@@ -43,6 +53,18 @@ def _demand_grids(sizes: list[list[int]], downsample: int) -> None:
             grid_of(height, width, downsample)
         except ValueError as error:
             raise ValueError(f"sizes holds [{height}, {width}]: {error}") from error
+
+
+KINDS_BY_SETTING = {
+    "data.path data.held_out": "folder, hub, hub-stream, shards, features",
+    "data.split data.image data.label": "hub, hub-stream",
+    "data.classes": "hub-stream, shards, emoji",
+    "data.views": "emoji, shapes",
+    "data.fixed_views": "folder, hub, emoji, shapes",
+    "data.flip data.resize": "folder, hub, hub-stream, shards",
+    "data.shuffle": "hub-stream, shards",
+}
+"""The kinds of data to which a setting means something; with all others it must stay as it is."""
 
 
 @dataclass
@@ -68,6 +90,9 @@ class DataConfig:
         _demand(self, COUNT, "data.views data.shuffle")
         _demand(self, NOT_NEGATIVE, "data.fixed_views")
         _demand(self, RANGE, "data.resize")
+        for keys, kinds in KINDS_BY_SETTING.items():
+            if self.kind not in kinds.split(", "):
+                _demand_unset(self, keys, f"data.kind={self.kind}, only to {kinds}")
 
 
 @dataclass
@@ -270,3 +295,4 @@ class CacheRun:
             raise ValueError("out is empty; name the folder of the cache")
         if self.data.kind in ("features", "shards", "hub-stream"):
             raise ValueError(f"data.kind is {self.data.kind}; features are cached from folder, hub, emoji or shapes")
+        _demand_unset(self.data, "data.held_out data.fixed_views", "a cache, which holds `views` of each picture of `data`")

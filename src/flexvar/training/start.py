@@ -18,7 +18,7 @@ from flexvar.data import Augmentation, EmojiScenes, FeatureCache, FixedViews, Hu
 from flexvar.data.shards import ShardSource, TarShards
 from flexvar.models import model_folder
 from flexvar.processes import MOST_WORKERS, keep_memory, pick_device, processes
-from flexvar.training.initial import begin_from
+from flexvar.training.initial import begin_from, check_codes
 from flexvar.training.loop import Batches, train
 from flexvar.training.order import Batch, Steps
 from flexvar.training.run_folder import RunFolder
@@ -48,7 +48,10 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
         else:
             if not config.tokenizer:
                 raise ValueError("tokenizer is empty; name the model folder of a trained tokenizer")
-            workshop = TransformerWorkshop(config, load(model_folder(config.tokenizer)), source.class_names)
+            painted = load(model_folder(config.tokenizer))
+            workshop = TransformerWorkshop(config, painted, source.class_names)
+            if before := _begun_from(config):
+                check_codes(before, painted.tokenizer, config.tokenizer)
             if held_out and held_out.class_names != source.class_names:
                 raise ValueError(f"{config.data.held_out} has other classes than {config.data.path}; both need the same class folders")
             for pictures in (source, held_out):
@@ -58,6 +61,14 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
             begin_from(config.init_from, workshop.network, source.class_names)
         measured = _measured_batches(held_out, config) if held_out and rank == 0 else []
         return train(workshop, batches_of(source, config, rank, world), measured, config, rank=rank, world=world, device=device)
+
+
+def _begun_from(config: TransformerRun) -> Path | None:
+    """The folder of the model that a transformer goes on from: the run's own, else that of `init_from`."""
+    run = RunFolder(Path(config.run), config.keep)
+    if run.newest():
+        return run.model
+    return model_folder(config.init_from) if config.init_from else None
 
 
 def open_source(config: DataConfig, seed: int, held_out: bool = False) -> PictureSource | ShardSource:

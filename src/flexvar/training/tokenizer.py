@@ -109,7 +109,7 @@ class TokenizerWorkshop(Workshop):
         total = sum((weight * means[name] for name, weight in self._weights().items() if name in means), images.new_zeros(()))
         figures = {name: mean.detach() for name, mean in means.items() if name != "l2"}
         figures |= {"loss": total.detach(), "psnr": -10 * torch.log10(terms["l2"][-1].detach() / 4)}
-        figures["codes_in_use"] = (self.used > 0).float().mean().to(total.device)
+        figures["codes_in_use"] = (self._used_anywhere() > 0).float().mean()
         return total + means.get("discriminator", 0), figures
 
     def _weights(self) -> dict[str, float]:
@@ -141,7 +141,7 @@ class TokenizerWorkshop(Workshop):
     # -- the codes --
 
     def _used_anywhere(self) -> Tensor:
-        """How often each code was used, on all processes together."""
+        """How often each code was used, on all processes together, which must all ask."""
         used = self.used.to(self.latest.device, copy=True)
         if dist.is_initialized():
             dist.all_reduce(used)
