@@ -165,7 +165,7 @@ def code_rows(make: Callable[[], Networks], schedule: Schedule, way: Way, dtype:
     expected = Drawing(make, "plain", torch.float32).steps(schedule, range(COMPARED))
     drawing = Drawing(make, way, dtype)
     tokenizer, _, draw = drawing.ready
-    choosing = draw.choose if isinstance(draw, Recorded) else choose
+    choosing, decode = (draw.choose, draw.decode) if isinstance(draw, Recorded) else (choose, tokenizer.decode)
     chosen: list[Tensor] = []
 
     def noted(logits: Tensor, numbers: Tensor, sampling: Sampling, greedy: bool) -> Tensor:
@@ -175,7 +175,7 @@ def code_rows(make: Callable[[], Networks], schedule: Schedule, way: Way, dtype:
     drawing.steps(schedule, range(COMPARED), Keep([step.codes for step in expected]), partial(draw_scales, choose=noted))
     equal = [ours == theirs.codes.flatten(1) for ours, theirs in zip(chosen, expected, strict=True)]
     worst, (h, w) = min((scale.float().mean().item(), size) for scale, size in zip(equal, schedule, strict=True))
-    painted = off_by(tokenizer.decode(expected[-1].codes), expected[-1].images)
+    painted = off_by(decode(expected[-1].codes), expected[-1].images)
     recorded = "-"
     if isinstance(draw, Recorded):
         drawing.steps(schedule, range(COMPARED, 2 * COMPARED))

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from flexvar import FlexVARPipeline, Guidance, Keep, Sampling, Schedule, Tokenizer, Transformer, generate
 from flexvar.checkpoint import Defaults, Model
-from flexvar.compiled import MOST_RECORDINGS, Recorded, Work, compiled, fuse
+from flexvar.compiled import MOST_RECORDINGS, Recorded, Work, compiled, cuda_graph, fuse
 from flexvar.generation import draw_scales
-from flexvar.linear import PackedLinear
+from flexvar.linear import PackedLinear, to_int8
 from flexvar.sampling import choose
 
 SCHEDULE = Schedule.of([1, (1, 2), (3, 4), (4, 6)])
+CUDA = torch.cuda.is_available()
 
 
 def recorded_again(work: Work) -> tuple[list[Tensor], Callable[[], None]]:
@@ -35,6 +37,17 @@ def recorded_again(work: Work) -> tuple[list[Tensor], Callable[[], None]]:
 @pytest.fixture
 def networks(small_tokenizer: Tokenizer, small_transformer: Transformer) -> tuple[Tokenizer, Transformer]:
     return copy.deepcopy(small_tokenizer), copy.deepcopy(small_transformer)
+
+
+@pytest.fixture
+def there(networks: tuple[Tokenizer, Transformer]) -> tuple[Tokenizer, Transformer]:
+    """The networks where recordings are made: on a GPU where there is one."""
+    return (networks[0].cuda(), networks[1].cuda()) if CUDA else networks
+
+
+@pytest.fixture
+def draw(there: tuple[Tokenizer, Transformer]) -> Recorded:
+    return Recorded(cuda_graph if CUDA else recorded_again, choose, there[0].decode)
 
 
 @pytest.fixture
@@ -94,58 +107,118 @@ def test_half_precision_on_a_cpu_keeps_its_layers(pipe: FlexVARPipeline) -> None
 # -- recordings --
 
 
-def test_a_recording_draws_what_the_loop_draws(networks: tuple[Tokenizer, Transformer]) -> None:
-    draw = Recorded(recorded_again, choose)
-    for labels, seeds in (([0, 1, 2], [5, 6, 7]), ([2, 0, 1], [9, 5, 1]), ([4], [7])):  # the last one in a part of the batch
-        plain = list(generate(*networks, labels, SCHEDULE, seeds=seeds))
-        steps = list(generate(*networks, labels, SCHEDULE, seeds=seeds, draw=draw))
-        assert [(step.index, step.size) for step in steps] == [(step.index, step.size) for step in plain]
-        assert all(torch.equal(one.codes, other.codes) for one, other in zip(steps, plain, strict=True))
-        assert all(torch.allclose(one.images, other.images, atol=1e-6) for one, other in zip(steps, plain, strict=True))
+def same_codes(draw: Recorded, there: tuple[Tokenizer, Transformer], labels: list[int], schedule: Schedule = SCHEDULE, **settings) -> bool:
+    """Whether a recording draws what the loop draws, with pictures as it decodes them."""
+    plain = list(generate(*there, labels, schedule, **settings))
+    steps = list(generate(*there, labels, schedule, draw=draw, **settings))
+    assert [(step.index, step.size) for step in steps] == [(step.index, step.size) for step in plain]
+    assert all(torch.allclose(one.images, other.images, atol=1e-5) for one, other in zip(steps, plain, strict=True))
+    return all(torch.equal(one.codes, other.codes) for one, other in zip(steps, plain, strict=True))
+
+
+def test_a_recording_draws_what_the_loop_draws(draw: Recorded, there: tuple[Tokenizer, Transformer]) -> None:
+    assert same_codes(draw, there, [0, 1, 2], seeds=[5, 6, 7])
+    assert same_codes(draw, there, [2, 0, 1], seeds=[9, 5, 1])
+    assert same_codes(draw, there, [4, 1], seeds=[7, 3])  # in a part of the batch
     assert len(draw.recordings) == 1
+    assert same_codes(draw, there, [4], seeds=[7])  # less than half of it: not worth the rest
+    assert len(draw.recordings) == 2
 
 
-def test_what_was_drawn_stays_when_the_next_is_drawn(networks: tuple[Tokenizer, Transformer]) -> None:
-    draw = Recorded(recorded_again, choose)
-    *_, first = generate(*networks, [0], SCHEDULE, seeds=[1], draw=draw)
+@pytest.mark.parametrize("guidance", [Guidance("constant", 3.0, split=True), Guidance(stop=2), Guidance("constant", 1.0)])
+def test_every_guidance_is_recorded(draw: Recorded, there: tuple[Tokenizer, Transformer], guidance: Guidance) -> None:
+    for seeds in ([1, 2], [3, 4]):
+        assert same_codes(draw, there, [0, 3], guidance=guidance, seeds=seeds)
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_other_weights_are_recorded(draw: Recorded, there: tuple[Tokenizer, Transformer], kind: str) -> None:
+    if kind == "int8":
+        to_int8(there[1])
+    else:
+        for network in there:
+            network.bfloat16()
+    for seeds in ([1, 2], [3, 4]):
+        assert same_codes(draw, there, [0, 3], seeds=seeds)
+
+
+def test_what_was_drawn_stays_when_the_next_is_drawn(draw: Recorded, there: tuple[Tokenizer, Transformer]) -> None:
+    *_, first = generate(*there, [0], SCHEDULE, seeds=[1], draw=draw)
     codes, images = first.codes.clone(), first.images.clone()
-    list(generate(*networks, [3], SCHEDULE, seeds=[2], draw=draw))
+    list(generate(*there, [3], SCHEDULE, seeds=[2], draw=draw))
     assert torch.equal(first.codes, codes)
     assert torch.equal(first.images, images)
 
 
-def test_other_settings_and_larger_batches_get_their_own_recording_and_the_oldest_goes(networks: tuple[Tokenizer, Transformer]) -> None:
-    draw = Recorded(recorded_again, choose)
-
-    def drawn(labels: list[int], schedule: Schedule = SCHEDULE, **settings) -> None:
-        plain = list(generate(*networks, labels, schedule, seeds=labels, **settings))
-        steps = list(generate(*networks, labels, schedule, seeds=labels, draw=draw, **settings))
-        assert all(torch.equal(one.codes, other.codes) for one, other in zip(steps, plain, strict=True))
-
-    drawn([0])
-    drawn([0, 1])
-    drawn([0], Schedule.of([1, 2, 4]))
-    drawn([0], guidance=Guidance("constant", 1.0))
+def test_other_settings_and_larger_batches_get_their_own_recording_until_all_go(
+    draw: Recorded, there: tuple[Tokenizer, Transformer]
+) -> None:
+    assert same_codes(draw, there, [0], seeds=[1])
+    assert same_codes(draw, there, [0, 1], seeds=[1, 2])
+    assert same_codes(draw, there, [0], Schedule.of([1, 2, 4]), seeds=[1])
+    assert same_codes(draw, there, [0], sampling=Sampling(top_k=3), seeds=[1])
     assert len(draw.recordings) == MOST_RECORDINGS == 4
-    drawn([1])  # used again: now the second one is the oldest
-    drawn([0], sampling=Sampling(top_k=3))
+    assert same_codes(draw, there, [1], seeds=[3])  # again the first one
     assert len(draw.recordings) == 4
-    assert sorted(batch for schedule, _, _, batch in draw.recordings if schedule == SCHEDULE) == [1, 1, 1]
+    assert same_codes(draw, there, [0], sampling=Sampling(top_k=2), seeds=[1])
+    assert len(draw.recordings) == 1
 
 
-def test_edits_take_the_loop(networks: tuple[Tokenizer, Transformer]) -> None:
-    draw, keep = Recorded(recorded_again, choose), Keep([torch.full((1, 1, 1), 7)])
-    plain = list(generate(*networks, [0, 1], SCHEDULE, seeds=[1, 2], keep=keep))
-    steps = list(generate(*networks, [0, 1], SCHEDULE, seeds=[1, 2], keep=keep, draw=draw))
-    assert all(torch.equal(one.codes, other.codes) for one, other in zip(steps, plain, strict=True))
+def test_edits_take_the_loop(draw: Recorded, there: tuple[Tokenizer, Transformer]) -> None:
+    assert same_codes(draw, there, [0, 1], keep=Keep([torch.full((1, 1, 1), 7)]), seeds=[1, 2])
     assert not draw.recordings
+
+
+def test_a_recording_made_in_inference_mode_serves_outside_of_it(draw: Recorded, there: tuple[Tokenizer, Transformer]) -> None:
+    with torch.inference_mode():
+        list(generate(*there, [0], SCHEDULE, seeds=[1], draw=draw))
+    assert same_codes(draw, there, [2], seeds=[4])
+    assert len(draw.recordings) == 1
+
+
+def test_where_memory_runs_out_the_other_recordings_go_first(draw: Recorded, there: tuple[Tokenizer, Transformer]) -> None:
+    list(generate(*there, [0], SCHEDULE, seeds=[1], draw=draw))
+    record, tries = draw.record, []
+
+    def full_once(work: Work) -> tuple[list[Tensor], Callable[[], None]]:
+        tries.append(len(draw.recordings))
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return record(work)
+
+    draw.record = full_once
+    assert same_codes(draw, there, [0, 1], seeds=[1, 2])
+    assert tries == [1, 0]
+    draw.recordings.clear()
+    tries.clear()
+    with pytest.raises(torch.OutOfMemoryError):  # nothing is left to go
+        list(generate(*there, [0], SCHEDULE, seeds=[1], draw=draw))
+
+
+def test_without_triton_compiling_for_cuda_is_refused(networks: tuple[Tokenizer, Transformer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexvar.compiled.find_spec", lambda name: None)
+    elsewhere = mock.Mock()
+    elsewhere.head.weight.device.type = "cuda"
+    with pytest.raises(ModuleNotFoundError, match="compiling for CUDA needs Triton"):
+        compiled(networks[0], elsewhere)
 
 
 @pytest.mark.slow
 def test_fused_halves_of_blocks_say_the_same_logits(networks: tuple[Tokenizer, Transformer]) -> None:
     plain = logits_of(networks)
-    picture = networks[0].decode(torch.arange(24).view(1, 4, 6))
-    fuse(*networks)
+    fuse(networks[1])
     with torch.no_grad():
         assert torch.allclose(logits_of(networks), plain, rtol=1e-4, atol=1e-5)
-        assert torch.allclose(networks[0].decode(torch.arange(24).view(1, 4, 6)), picture, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_all_of_the_way_for_cuda_but_the_graph(networks: tuple[Tokenizer, Transformer]) -> None:
+    """Fused blocks, a compiled decoder and recordings together, as on a GPU."""
+    plain = list(generate(*networks, [0, 1], SCHEDULE, seeds=[1, 2]))
+    fuse(networks[1])
+    networks[0].decoder.to(memory_format=torch.channels_last)
+    draw = Recorded(recorded_again, choose, torch.compile(networks[0].decode))
+    list(generate(*networks, [3, 4], SCHEDULE, seeds=[3, 4], draw=draw))
+    steps = list(generate(*networks, [0, 1], SCHEDULE, seeds=[1, 2], draw=draw))
+    assert torch.cat([(one.codes == other.codes).flatten() for one, other in zip(steps, plain, strict=True)]).float().mean() > 0.9
+    assert torch.allclose(steps[-1].images, networks[0].decode(steps[-1].codes), atol=1e-4)

@@ -104,7 +104,7 @@ def recorded_again(work: Work) -> tuple[list[Tensor], Callable[[], None]]:
 
 @pytest.mark.slow
 def test_codes_are_compared(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "compiled", lambda *networks: Recorded(recorded_again, choose))
+    monkeypatch.setattr(gpu, "compiled", lambda *networks: Recorded(recorded_again, choose, networks[0].decode))
     tables = measured("correct", "--out", str(tmp_path / "out.md"))
     ways = ["plain, float32", "plain, bfloat16", "fast, float32", "fast, bfloat16", "int8, float32"]
     assert column(tables, gpu.CODES, "way") == [f"{model}, {way}" for model in ("emoji", "d1") for way in ways]
@@ -119,7 +119,7 @@ def test_codes_are_compared(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_recording_that_does_not_read_its_inputs_is_seen(monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "compiled", lambda *networks: Recorded(lambda work: (work(), lambda: None), choose))
+    monkeypatch.setattr(gpu, "compiled", lambda *networks: Recorded(lambda work: (work(), lambda: None), choose, networks[0].decode))
     networks = partial(gpu.random_networks, 1, torch.device("cpu"))
     ((equal, _, _, recorded),) = gpu.code_rows(networks, Schedule.square([1, 2, 4]), "fast", torch.float32)
     assert equal == "100.00%"

@@ -8,68 +8,72 @@ the decoding are recorded once as a CUDA graph: nothing is launched or waited fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from threading import Lock
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as shapes
 
 from flexvar.generation import Choose, Draw, Request, Step, draw_scales
 from flexvar.linear import can_pack, pack
 from flexvar.processes import keep_memory
-from flexvar.sampling import Guidance, Sampling, choose
+from flexvar.sampling import Guidance, Sampling
 from flexvar.schedule import Schedule
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
 
 MOST_RECORDINGS = 4
-"""Each holds the memory of its whole drawing; the one unused for longest goes first."""
+"""Each holds the memory of its whole drawing. Before a fifth is made all go: dropping one takes memory from the others in torch 2.13."""
 
 Work: TypeAlias = Callable[[], list[Tensor]]
+Record: TypeAlias = Callable[[Work], tuple[list[Tensor], Callable[[], None]]]
 
 
 def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
-    """Prepares both networks for the device that they are on, for good; gives the way to draw with them. On MPS nothing changes."""
+    """Prepares both networks for the device that they are on, for good; gives the way to draw with them. On MPS nothing changes.
+
+    Raises ModuleNotFoundError on CUDA without Triton.
+    """
     device = transformer.head.weight.device.type
     if device == "cpu":
         keep_memory()
         if can_pack(transformer):
             pack(transformer)
     elif device == "cuda":
-        fuse(tokenizer, transformer)
-        return Recorded(cuda_graph, fused_choose())
+        if find_spec("triton") is None:
+            raise ModuleNotFoundError("compiling for CUDA needs Triton, which torch brings along on Linux; install it, or draw without")
+        from flexvar.fused_sampling import choose
+
+        fuse(transformer)
+        tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Recorded(cuda_graph, choose, torch.compile(tokenizer.decode))
     return draw_scales
 
 
-def fuse(tokenizer: Tokenizer, transformer: Transformer) -> None:
-    """Lets torch.compile join what stands between the large products; it compiles when it first draws, again for few other shapes."""
-    tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    tokenizer.decoder.forward = torch.compile(tokenizer.decoder.forward)  # type: ignore[method-assign]
+def fuse(transformer: Transformer) -> None:
+    """Lets torch.compile join what stands between the large products; it compiles when it first draws, once for all blocks."""
     for block in transformer.layers:
         block.before = torch.compile(block.before, dynamic=True)  # type: ignore[method-assign]
         block.after = torch.compile(block.after, dynamic=True)  # type: ignore[method-assign]
 
 
-def fused_choose() -> Choose:
-    """The Triton kernel, or the plain way where there is no Triton."""
-    try:
-        from flexvar.fused_sampling import choose as fused
-    except ModuleNotFoundError:
-        return choose
-    return fused
-
-
 def cuda_graph(work: Work) -> tuple[list[Tensor], Callable[[], None]]:
-    """Records work on the GPU; gives the tensors that it fills and the function that fills them again."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(2):  # kernels are compiled, and libraries choose theirs, before anything is recorded
-            work()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        filled = work()
+    """Records work on the current GPU; gives the tensors that it fills and the function that fills them again."""
+    current, aside, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    aside.wait_stream(current)
+    try:
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # kernels are compiled, and libraries choose theirs, before anything is recorded
+                work()
+        current.wait_stream(aside)
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            filled = work()
+    finally:
+        torch.cuda.set_stream(current)  # a recording that fails leaves its own
     return filled, graph.replay
 
 
@@ -92,43 +96,59 @@ class Recording:
 
 
 class Recorded:
-    """Draws by recordings: one for each schedule, guidance, sampling and largest batch. A scale is given out when all are drawn.
+    """Draws by recordings: one for each schedule, guidance, sampling and batch. A scale is given out when all are drawn.
 
-    What is kept of given pictures changes from call to call: edits take the plain loop.
+    A smaller batch takes the recording of one up to twice as large. What is kept of given pictures changes from call to call: edits take
+    the plain loop. Threads take turns.
     """
 
-    def __init__(self, record: Callable[[Work], tuple[list[Tensor], Callable[[], None]]], choose: Choose) -> None:
-        self.record, self.choose = record, choose
+    def __init__(self, record: Record, choose: Choose, decode: Callable[[Tensor], Tensor]) -> None:
+        self.record, self.choose, self.decode = record, choose, decode
         self.recordings: dict[tuple[Schedule, Guidance, Sampling, int], Recording] = {}
+        self.turn = Lock()
 
     @torch.no_grad()
     def __call__(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Iterator[Step]:
         if request.keep is not None:
             yield from draw_scales(tokenizer, transformer, request, self.choose)
             return
-        *codes, images = self._recording(tokenizer, transformer, request).run(request.labels, request.numbers)
+        device = request.numbers.device
+        with self.turn, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            *codes, images = self._recording(tokenizer, transformer, request).run(request.labels, request.numbers)
         for k, size in enumerate(request.schedule):
             last = k == len(request.schedule) - 1
             yield Step(k, size, codes[k], (lambda _: images) if last else tokenizer.decode)
 
     def _recording(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Recording:
-        """The one with the smallest batch that holds the request, or a new one."""
+        """The one with the smallest batch that fits the request, or a new one."""
         settings, pictures = (request.schedule, request.guidance, request.sampling), len(request.labels)
-        fitting = [key for key in self.recordings if key[:3] == settings and key[3] >= pictures]
-        key = min(fitting, key=lambda key: key[3], default=(*settings, pictures))
-        recording = self.recordings.pop(key, None)
-        if recording is None:
-            while len(self.recordings) >= MOST_RECORDINGS:
-                del self.recordings[next(iter(self.recordings))]
+        fitting = [key for key in self.recordings if key[:3] == settings and pictures <= key[3] <= 2 * pictures]
+        if fitting:
+            return self.recordings[min(fitting, key=lambda key: key[3])]
+        if len(self.recordings) >= MOST_RECORDINGS:
+            self._clear()
+        try:
             recording = self._recorded(tokenizer, transformer, request)
-        self.recordings[key] = recording  # as the latest one
+        except torch.OutOfMemoryError:
+            if not self.recordings:
+                raise
+            self._clear()  # they hold memory of which nobody knows
+            recording = self._recorded(tokenizer, transformer, request)
+        self.recordings[(*settings, pictures)] = recording
         return recording
 
+    def _clear(self) -> None:
+        self.recordings.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _recorded(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Recording:
-        own = replace(request, labels=request.labels.clone(), numbers=request.numbers.clone())
+        with torch.inference_mode(False), torch.no_grad(), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            # Sides of tensors that are equal by chance, as a batch and a scale, are not taken for the same one when it compiles.
+            own = replace(request, labels=request.labels.clone(), numbers=request.numbers.clone())
 
-        def work() -> list[Tensor]:
-            steps = list(draw_scales(tokenizer, transformer, own, self.choose))
-            return [*(step.codes for step in steps), steps[-1].images]
+            def work() -> list[Tensor]:
+                codes = [step.codes for step in draw_scales(tokenizer, transformer, own, self.choose)]
+                return [*codes, self.decode(codes[-1])]
 
-        return Recording(own.labels, own.numbers, *self.record(work))
+            return Recording(own.labels, own.numbers, *self.record(work))

@@ -7,6 +7,8 @@ the truth.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -26,18 +28,19 @@ def choose(logits: Tensor, numbers: Tensor, settings: Sampling, greedy: bool = F
     candidates = rows.shape[1]
     codes = torch.empty(numbers.shape, dtype=torch.int64, device=logits.device)
     block = triton.next_power_of_2(candidates)
-    _choose_row[(len(rows),)](
-        rows,
-        numbers.float().contiguous(),
-        codes,
-        candidates,
-        min(settings.top_k or candidates, candidates),
-        settings.top_p,
-        settings.temperature,
-        LIMITED=0 < settings.top_p < 1,
-        BLOCK=block,
-        num_warps=4 if block <= WIDEST_OF_FEW_WARPS else 16,
-    )
+    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        _choose_row[(len(rows),)](
+            rows,
+            numbers.float().contiguous(),
+            codes,
+            candidates,
+            int(min(settings.top_k or candidates, candidates)),
+            float(settings.top_p),
+            float(settings.temperature),
+            LIMITED=bool(0 < settings.top_p < 1),
+            BLOCK=block,
+            num_warps=4 if block <= WIDEST_OF_FEW_WARPS else 16,
+        )
     return codes
 
 
