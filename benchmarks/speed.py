@@ -32,6 +32,7 @@ from flexvar.accounting import Flops, plan
 from flexvar.compiled import compiled
 from flexvar.generation import draw_scales
 from flexvar.linear import to_int8
+from flexvar.processes import keep_memory
 from flexvar.sampling import choose
 
 TARGET = 0.70
@@ -89,6 +90,7 @@ def main() -> int:
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
     torch.manual_seed(0)
+    keep_memory()  # as the command `flexvar` does
 
     transformer_config, tokenizer_config = TransformerConfig(depth=words.depth), TokenizerConfig()
     schedule = Schedule.for_size(words.height, words.width, words.steps, tokenizer_config.downsample)
