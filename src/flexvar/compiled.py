@@ -127,12 +127,14 @@ class Recorded:
             return self.recordings[min(fitting, key=lambda key: key[3])]
         if len(self.recordings) >= MOST_RECORDINGS:
             self._clear()
+        recording = None
         try:
             recording = self._recorded(tokenizer, transformer, request)
         except torch.OutOfMemoryError:
             if not self.recordings:
                 raise
-            self._clear()  # they hold memory of which nobody knows
+        if recording is None:  # out here the error, which holds the tensors of what failed, is gone
+            self._clear()
             recording = self._recorded(tokenizer, transformer, request)
         self.recordings[(*settings, pictures)] = recording
         return recording

@@ -67,5 +67,6 @@ class DrawnPictures:
             "classes": self._classes,
             "seeds": [self.seed, self.seed + len(self) - 1],
             "dtype": self.pipe.precision,
+            "compiled": "compiled" in self.pipe.made_faster,
             "pictures at a time": self.batch,
         }
