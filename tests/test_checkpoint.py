@@ -18,7 +18,7 @@ from flexvar.checkpoint import Defaults, Model, load, load_configs, save
 @pytest.fixture
 def model(small_tokenizer: Tokenizer, small_transformer: Transformer) -> Model:
     defaults = Defaults(16, 24, 5, Guidance("ramp", 1.5), Sampling(7, 0.5, 0.9, (3, (4, 6))))
-    return Model(small_tokenizer, small_transformer, ("a", "b", "c", "d", "é"), defaults, {"trained": {"steps": 3}})
+    return Model(small_tokenizer, small_transformer, ("a", "b", "c", "d", "é"), defaults, {"trained": {"steps": 3}}, {"e": "é"})
 
 
 def test_there_and_back(model: Model, tmp_path: Path) -> None:
@@ -30,7 +30,8 @@ def test_there_and_back(model: Model, tmp_path: Path) -> None:
         "tokenizer.safetensors",
         "transformer.safetensors",
     ]
-    assert (again.class_names, again.defaults, again.provenance) == (model.class_names, model.defaults, model.provenance)
+    for name in ("class_names", "defaults", "provenance", "aliases"):
+        assert getattr(again, name) == getattr(model, name)
     for ours, theirs in ((model.tokenizer, again.tokenizer), (model.transformer, again.transformer)):
         assert ours is not None
         assert theirs is not None
@@ -72,7 +73,7 @@ def test_parts_that_do_not_belong_together_are_not_written(model: Model, tmp_pat
     with pytest.raises(ValueError, match="class_names holds 2 names for 5 classes"):
         save(dataclasses.replace(model, class_names=("a", "b")), tmp_path / "model")
     assert not (tmp_path / "model").exists()
-    save(dataclasses.replace(model, class_names=()), tmp_path / "model")
+    save(dataclasses.replace(model, class_names=(), aliases={}), tmp_path / "model")
     assert load(tmp_path / "model").class_names == ()
 
 
@@ -167,6 +168,8 @@ def test_damage_is_named_in_one_line(model: Model, tmp_path: Path, harm, words: 
         ("class_names", None, "class_names is not a list"),
         ("class_names", ["a", 2], "class_names is not a list"),
         ("provenance", None, "provenance is not a table"),
+        ("aliases", ["e"], "aliases is not a table"),
+        ("aliases", {"e": "f"}, "aliases calls a class 'f' 'e', but no class has that name"),
         ("defaults", None, "TypeError"),
         ("defaults.height", "64", "height of the defaults is '64'"),
         ("defaults.width", 0, "width of the defaults is 0"),
@@ -203,3 +206,11 @@ def test_a_key_that_config_json_lacks_is_named(model: Model, tmp_path: Path, key
 def test_not_a_model_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a model folder"):
         load(tmp_path)
+
+
+def test_a_folder_from_before_there_were_aliases(model: Model, tmp_path: Path) -> None:
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["aliases"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path).aliases == {}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexvar.data import emoji as scenes
-from flexvar.data.emoji import WELL_KNOWN, EmojiScenes, every_emoji, find_font, glyph
+from flexvar.data.emoji import WELL_KNOWN, EmojiScenes, emoji_aliases, every_emoji, find_font, glyph
 from flexvar.data.source import PictureSource
 
 
@@ -124,6 +124,15 @@ def test_skin_tones_are_further_looks_of_the_same_class() -> None:
     assert len(scenes._looks(FONT, "🍕")) == 1
     assert len(scenes._looks(FONT, "👋")) in {1, 6}  # 1 where Pillow has no Raqm
     assert source.draw(0, (64, 64), np.random.default_rng(0))[1] == 0
+
+
+def test_other_names_are_what_people_type() -> None:
+    also = emoji_aliases(WELL_KNOWN)
+    assert {alias: also[alias] for alias in ("heart", "cat", "car", "donut", "robot face")} == {
+        "heart": "red heart", "cat": "cat face", "car": "automobile", "donut": "doughnut", "robot face": "robot",
+    }  # fmt: skip
+    assert not set(also) & set(WELL_KNOWN)
+    assert "cat" not in emoji_aliases(["cat", "cat face", "no emoji"])  # where it is a class of its own
 
 
 @needs_font

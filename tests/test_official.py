@@ -40,6 +40,7 @@ def test_convert_and_back(released: Path, tmp_path: Path, capsys) -> None:
     assert main(["convert", *files, str(tmp_path / "model")]) == 0
     pipe = FlexVARPipeline.from_pretrained(tmp_path / "model")
     assert pipe.class_names[0] == "tench"
+    assert pipe.labels_of(["tench", "n01440764", "n15075141"]) == [0, 0, 999]
     assert (pipe.defaults.height, pipe.defaults.guidance.kind, pipe.defaults.sampling.greedy) == (256, "official-ramp", "official")
     assert (pipe.defaults.sampling.top_k, pipe.defaults.sampling.top_p, pipe.transformer.config.positions) == (900, 0.95, "area")
     assert main(["convert", *files, str(tmp_path / "model")]) == 2

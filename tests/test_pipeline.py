@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import warnings
 from pathlib import Path
@@ -68,6 +69,14 @@ def test_no_seed_draws_one_and_tells_it(pipe: FlexVARPipeline) -> None:
 )
 def test_labels(pipe: FlexVARPipeline, label, index: int) -> None:
     assert pipe.labels_of(label) == [index]
+
+
+def test_other_names_of_classes(pipe: FlexVARPipeline) -> None:
+    model = dataclasses.replace(pipe.model, aliases={"Margherita": "pizza", "rocket": "pizza"})
+    called = FlexVARPipeline(model)
+    assert called.labels_of(["margherita", "pizza", "rocket"]) == [0, 0, 3]  # a class's own name comes first
+    with pytest.raises(ValueError, match=r"no class 'margerita'; did you mean 'pizza'\?$"):
+        called("margerita")
 
 
 @pytest.mark.parametrize(

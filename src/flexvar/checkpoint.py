@@ -51,6 +51,7 @@ class Model:
     class_names: tuple[str, ...] = ()
     defaults: Defaults = field(default_factory=Defaults)
     provenance: Mapping[str, Any] = field(default_factory=dict)  # how it came to be, in plain words and figures
+    aliases: Mapping[str, str] = field(default_factory=dict)  # another name for a class -> its name
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,28 @@ class _Config:
     class_names: tuple[str, ...]
     defaults: Defaults
     provenance: dict[str, Any]
+    aliases: dict[str, str]
 
     def __post_init__(self) -> None:
         if not isinstance(self.class_names, tuple) or not all(isinstance(name, str) for name in self.class_names):
             raise ValueError("class_names is not a list of names; give one name for each class, or [] for none")
         if not isinstance(self.provenance, dict):
             raise ValueError("provenance is not a table; give {} where nothing is known")
-        if self.transformer is None:
-            return
+        if not isinstance(self.aliases, dict):
+            raise ValueError("aliases is not a table of other names and the classes they stand for; give {} for none")
+        if self.transformer is not None:
+            self._check_that_they_fit(self.transformer)
+        for alias, name in self.aliases.items():
+            if name not in self.class_names:
+                raise ValueError(f"aliases calls a class {name!r} {alias!r}, but no class has that name; name one of class_names")
+
+    def _check_that_they_fit(self, transformer: TransformerConfig) -> None:
         for name in ("codebook_size", "code_width"):
-            theirs, ours = getattr(self.tokenizer, name), getattr(self.transformer, name)
+            theirs, ours = getattr(self.tokenizer, name), getattr(transformer, name)
             if theirs != ours:
                 raise ValueError(f"{name} is {theirs} for the tokenizer and {ours} for the transformer; they must have the same codes")
-        if self.class_names and len(self.class_names) != self.transformer.classes:
-            raise ValueError(f"class_names holds {len(self.class_names)} names for {self.transformer.classes} classes; give one for each")
+        if self.class_names and len(self.class_names) != transformer.classes:
+            raise ValueError(f"class_names holds {len(self.class_names)} names for {transformer.classes} classes; give one for each")
 
 
 def save(model: Model, folder: Path | str, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
@@ -94,6 +103,7 @@ def save(model: Model, folder: Path | str, *, dtype: torch.dtype = torch.float32
         class_names=tuple(model.class_names),
         defaults=model.defaults,
         provenance=dict(model.provenance),
+        aliases=dict(model.aliases),
     )
     folder.mkdir(parents=True, exist_ok=True)
     _save_weights(model.tokenizer, folder / TOKENIZER, dtype)
@@ -119,6 +129,7 @@ def load(folder: Path | str) -> Model:
         class_names=config.class_names,
         defaults=config.defaults,
         provenance=config.provenance,
+        aliases=config.aliases,
     )
 
 
@@ -146,6 +157,7 @@ def _read_config(folder: Path) -> _Config:
             class_names=_tuples(config["class_names"]),
             defaults=Defaults(guidance=guidance, sampling=sampling, **defaults),
             provenance=config["provenance"],
+            aliases=config.get("aliases", {}),  # folders written before there were any have none
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); write the folder again") from error

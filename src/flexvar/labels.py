@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from flexvar.arguments import is_single, items, whole_number
@@ -11,6 +12,7 @@ from flexvar.arguments import is_single, items, whole_number
 Label: TypeAlias = int | str | None
 
 UNCONDITIONAL = "unconditional"
+NO_ALIASES: Mapping[str, str] = MappingProxyType({})
 
 
 def listed(class_labels: Label | Sequence[Label]) -> list[Any]:
@@ -21,8 +23,9 @@ def listed(class_labels: Label | Sequence[Label]) -> list[Any]:
     return labels
 
 
-def index_of(label: Label, names: Sequence[str], null_class: int) -> int:
-    """The index of a class: by its name in any case, as a number or its digits; the null class for None and "unconditional".
+def index_of(label: Label, names: Sequence[str], null_class: int, aliases: Mapping[str, str] = NO_ALIASES) -> int:
+    """The index of a class: by its name or another name for it (`aliases`), in any case, as a number or its digits; the null class for
+    None and "unconditional".
 
     Raises ValueError with the closest names.
     """
@@ -32,11 +35,12 @@ def index_of(label: Label, names: Sequence[str], null_class: int) -> int:
         if label in names:
             return names.index(label)
         by_name = {name.casefold(): index for index, name in reversed(list(enumerate(names)))}
+        by_name = {alias.casefold(): by_name[name.casefold()] for alias, name in aliases.items()} | by_name
         if label.casefold() in by_name:
             return by_name[label.casefold()]
         if not label.isdecimal():
             close = difflib.get_close_matches(label.casefold(), by_name, 3, 0.6) or [n for n in by_name if label.casefold() in n][:3]
-            nearest = [names[by_name[name]] for name in close]
+            nearest = dict.fromkeys(names[by_name[name]] for name in close)
             hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else "`flexvar info` lists the classes"
             raise ValueError(f"there is no class {label!r}; {hint}")
     number = int(label) if isinstance(label, str) else whole_number(label, "a class label")

@@ -36,12 +36,13 @@ def released_model(tokenizer: str | Path, transformer: str | Path) -> Model:
     if (drawn.config.codebook_size, drawn.config.code_width) != (painted.config.codebook_size, painted.config.code_width):
         raise ValueError(f"{tokenizer} and {transformer} do not belong together: they have different codebooks")
     classes = drawn.config.classes
-    names = tuple(name for _, name in imagenet_classes()) if classes == 1000 else tuple(f"class {i}" for i in range(classes))
+    imagenet = imagenet_classes() if classes == 1000 else ()
+    names = tuple(name for _, name in imagenet) or tuple(f"class {i}" for i in range(classes))
     side = drawn.config.trained_grid * painted.config.downsample
     files = {"tokenizer": Path(tokenizer), "transformer": Path(transformer)}
     seen = {part: {"file": path.name, "sha256": zoo.sha256(path)} for part, path in files.items()}
     provenance = {"converted from": seen, "licence": "MIT (the authors of FlexVAR)"}
-    return Model(painted, drawn, names, Defaults(side, side), provenance)
+    return Model(painted, drawn, names, Defaults(side, side), provenance, aliases=dict(imagenet))  # n01440764 is a tench
 
 
 def write_released(model: Model, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:

@@ -303,7 +303,8 @@ class FlexVARPipeline:
 
     def labels_of(self, class_labels: Label | Sequence[Label]) -> list[int]:
         """Class indices of names, indices or None. Raises ValueError with the closest names."""
-        return [labels.index_of(label, self.class_names, self.transformer.config.null_class) for label in labels.listed(class_labels)]
+        null_class, aliases = self.transformer.config.null_class, self.model.aliases
+        return [labels.index_of(label, self.class_names, null_class, aliases) for label in labels.listed(class_labels)]
 
     def class_name(self, label: int) -> str:
         """The name of a class index."""

@@ -80,6 +80,8 @@ def run_info(words: Words) -> None:
     for line in json.dumps(dict(model.provenance), indent=2, ensure_ascii=False).splitlines()[1:-1]:
         print(line)
     print(f"classes ({len(model.class_names)}): {', '.join(model.class_names)}")
+    if model.aliases:
+        print(f"other names: {', '.join(f'{alias} ({name})' for alias, name in model.aliases.items())}")
 
 
 def run_plan(words: Words) -> None:

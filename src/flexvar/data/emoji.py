@@ -59,6 +59,15 @@ WELL_KNOWN: tuple[str, ...] = (
 # fmt: on
 
 
+# What people type for the names above, where the `emoji` package does not know it.
+ALSO_CALLED: dict[str, str] = {
+    "burger": "hamburger", "donut": "doughnut", "ladybug": "lady beetle", "pumpkin": "jack-o-lantern", "moon": "crescent moon",
+    "present": "wrapped gift", "football": "soccer ball", "cherry": "cherries", "fish": "tropical fish",
+    "smiley": "smiling face with sunglasses",
+}  # fmt: skip
+RUDE = ("shit", "fu")  # other names that are left out
+
+
 class EmojiScenes:
     """A PictureSource of emoji on plain backgrounds: one class an emoji, endlessly many scenes.
 
@@ -130,6 +139,19 @@ def every_emoji(font: Path) -> dict[str, str]:
         seen.add(bitmap.tobytes())
         found[name] = character
     return found
+
+
+def emoji_aliases(names: Sequence[str]) -> dict[str, str]:
+    """Other name -> name, for those of `names` that people also call otherwise ("heart" for "red heart"); none is among the names."""
+    package, known = _emoji_package(), _named_characters()
+    also = {
+        alias.strip(":").replace("_", " "): name
+        for name in names
+        if name in known
+        for alias in package.EMOJI_DATA[known[name]].get("alias", ())
+    }
+    also |= {alias: name for alias, name in ALSO_CALLED.items() if name in names}
+    return {alias: name for alias, name in also.items() if alias not in RUDE and alias not in {name.casefold() for name in names}}
 
 
 @lru_cache(maxsize=4096)
