@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import editing, eight_bits, evaluation, speed
-from examples import bundle, demo, edit, evaluate
+from examples import bundle, demo, edit, evaluate, nearest
 from PIL import Image
 
 from flexvar import zoo
@@ -35,6 +35,17 @@ def test_the_edits_of_the_readme(tmp_path: Path, monkeypatch) -> None:
     edit.main()
     assert np.asarray(Image.open(tmp_path / "edits.png")).std() > 10
     assert len(Path(edit.__file__).read_text(encoding="utf-8").splitlines()) <= 40
+
+
+@pytest.mark.slow
+def test_samples_beside_the_renderings_nearest_to_them(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["nearest", str(tmp_path / "nearest.png"), "--count", "20"])
+    nearest.main()
+    assert np.asarray(Image.open(tmp_path / "nearest.png")).std() > 10
+    scenes = nearest.renderings("pizza", (32, 32), 6)
+    positions, distances = nearest.nearest(scenes[[4, 1]] + 0.1, scenes)
+    assert positions.tolist() == [4, 1]
+    assert torch.all(distances <= 0.1 + 1e-6)
 
 
 @pytest.mark.slow

@@ -1,0 +1,63 @@
+"""Has it memorised? `python -m examples.nearest OUT.png [--model MODEL]`: samples, and under each the rendering that is nearest to it.
+
+Renderings are composed as those of the training are; of each class, the nearest of many by the mean squared difference of all pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from examples.demo import SHOWN, enlarged
+from flexvar import FlexVARPipeline
+from flexvar.data import EmojiScenes
+from flexvar.progress import progress
+from flexvar.sheet import sheet, to_pil
+
+
+def renderings(name: str, size: tuple[int, int], count: int) -> Tensor:
+    """Scenes (count, 3, H, W) in [-1, 1] of one class."""
+    source = EmojiScenes([name], views=count)
+    drawn = [source.draw(i, size, np.random.default_rng((0, i)))[0] for i in range(count)]
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def nearest(pictures: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of (N, 3, H, W) the nearest of (M, 3, H, W): their positions (N,), and the root of the mean squared difference (N,)."""
+    distances, positions = torch.cdist(pictures.clamp(-1, 1).flatten(1), among.flatten(1)).min(1)
+    return positions, distances / pictures[0].numel() ** 0.5
+
+
+def nearest_sheet(pipe: FlexVARPipeline, names: list[str], count: int) -> Image.Image:
+    """A column a class: a sample, the nearest of `count` renderings, and how far apart they are in levels of 255."""
+    size = pipe.defaults.height, pipe.defaults.width
+    samples = pipe(names, seed=21, output_type="pt").images * 2 - 1
+    found, captions = [], []
+    for name, sample in zip(progress(names, "rendering"), samples, strict=True):
+        scenes = renderings(name, size, count)
+        (position,), (distance,) = nearest(sample[None], scenes)
+        found.append(scenes[position])
+        captions.append(f"{distance * 127.5:.0f} levels apart")
+    rows = [[enlarged(picture) for picture in to_pil(row)] for row in (samples, torch.stack(found))]
+    return sheet(rows, [names, captions])
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description="Samples, and the renderings nearest to them.")
+    arguments.add_argument("out", type=Path, metavar="OUT.png")
+    arguments.add_argument("--model", default="emoji")
+    arguments.add_argument("--count", type=int, default=1000, help="renderings of each class (default 1000)")
+    words = arguments.parse_args()
+    pipe = FlexVARPipeline.from_pretrained(words.model)
+    names = [name for name in SHOWN if name in pipe.class_names][:8]
+    words.out.parent.mkdir(parents=True, exist_ok=True)
+    nearest_sheet(pipe, names, words.count).save(words.out)
+
+
+if __name__ == "__main__":
+    main()
