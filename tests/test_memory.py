@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -116,7 +117,8 @@ def test_as_many_are_drawn_at_the_same_time_as_fit(pipe: FlexVARPipeline, monkey
     two = needs(pipe._drawing(pipe.settings.schedule_of(16, 24, None, None), 2, pipe.defaults.guidance))
     sizes, draw = [], generation.generate
     monkeypatch.setattr("flexvar.pipeline.generate", lambda *given, **named: (sizes.append(len(given[2])), draw(*given, **named))[1])
-    for free, expected in ((two, [2, 2, 1]), (0, [1] * 5), (None, [5])):
+    enough = math.ceil(two / memory.SHARE_TO_FILL)
+    for free, expected in ((enough, [2, 2, 1]), (two, [1] * 5), (0, [1] * 5), (None, [5])):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         sizes.clear()
         assert torch.allclose(pipe(list("abcde"), **settings).images, together, atol=1e-5)

@@ -259,3 +259,8 @@ def test_to_takes_a_dtype_alone(small_tokenizer: Tokenizer, small_transformer: T
     model = Model(copy.deepcopy(small_tokenizer), copy.deepcopy(small_transformer), NAMES)
     half = FlexVARPipeline(model).to("cpu", torch.bfloat16).to(torch.bfloat16)
     assert half.transformer.head.weight.dtype == torch.bfloat16
+
+
+def test_classes_without_names_are_called_by_their_number(pipe: FlexVARPipeline) -> None:
+    nameless = FlexVARPipeline(dataclasses.replace(pipe.model, class_names=()))
+    assert (nameless.class_name(3), nameless.class_name(5)) == ("class 3", "unconditional")

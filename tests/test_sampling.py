@@ -99,3 +99,7 @@ def test_edges() -> None:
     assert torch.equal(choose(logits, torch.ones(2, 3), Sampling(top_k=6, top_p=0.0)), logits.topk(6).indices[..., -1])
     assert torch.equal(choose(logits, torch.rand(2, 3), Sampling(top_k=0, top_p=1e-6)), top)
     assert torch.equal(choose(logits, torch.rand(2, 3), Sampling(top_k=0, top_p=0.0, temperature=1e-4)), top)
+
+
+def test_logits_that_are_no_numbers_still_give_codes() -> None:
+    assert choose(torch.full((1, 2, 50), math.nan), torch.rand(1, 2), Sampling()).shape == (1, 2)

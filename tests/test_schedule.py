@@ -74,6 +74,9 @@ def test_lists_words_and_mistakes() -> None:
     for text in ("", "1,,2", "a", "1x2x3", "1;2"):
         with pytest.raises(ValueError, match="is not a schedule"):
             Schedule.parse(text)
+    assert Schedule([1, [2, 3]]) == Schedule(((1, 1), (2, 3)))  # type: ignore[arg-type,list-item]
+    with pytest.raises(ValueError, match="is not a list of scales"):
+        Schedule(((2.5, 2.5),))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one scale"):
         Schedule.of([])
     with pytest.raises(ValueError, match="shrinks from 4x4 to 4x2 at scale 1"):

@@ -18,6 +18,7 @@ from flexvar.cli import main
 from flexvar.data import FeatureCache, Shapes
 from flexvar.data.shards import TarShards
 from flexvar.training.order import Batch, Steps, picture_at
+from flexvar.training.start import _same_classes
 from flexvar.training.stream import PICTURES_A_SHARD, Stream
 from training_runs import newest_state, reports, tokenizer_config, transformer_config
 
@@ -204,6 +205,13 @@ def test_a_cache_of_a_folder_with_a_corrupt_picture(tokenizer: Path, tmp_path: P
     assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer)), *data]) == 0
     assert line in capsys.readouterr().out
     assert len(load(tmp_path / "transformer" / "model").class_names) == 10
+
+
+def test_a_single_class_has_no_name_to_differ_in() -> None:
+    assert _same_classes(("train",), ("unseen",))
+    assert _same_classes(("a", "b"), ("a", "b"))
+    assert not _same_classes(("a", "b"), ("a", "c"))
+    assert not _same_classes(("a",), ("a", "b"))
 
 
 def test_held_out_pictures(tmp_path: Path, capsys) -> None:

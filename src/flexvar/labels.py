@@ -50,5 +50,7 @@ def index_of(label: Label, names: Sequence[str], null_class: int, aliases: Mappi
 
 
 def name_of(index: int, names: Sequence[str], null_class: int) -> str:
-    """The name of a class, or "unconditional"."""
-    return UNCONDITIONAL if index == null_class else names[index]
+    """The name of a class, or "unconditional"; "class 3" where classes have no names."""
+    if index == null_class:
+        return UNCONDITIONAL
+    return names[index] if names else f"class {index}"

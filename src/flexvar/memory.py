@@ -21,6 +21,9 @@ from flexvar.transformer import TransformerConfig
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|alloc_failed|overflowed|overflow when unpacking", re.IGNORECASE)
 """How torch says, on one device or another, that it has no room for a tensor; the last two mean one that no machine could hold."""
 
+SHARE_TO_FILL = 0.6
+"""Of the free memory, where we choose the batch: others need some too, a CPU's libraries take more than is planned, and Linux kills."""
+
 MOST_CODES = 2**40  # on a side, as far as a size that fits is looked for
 
 
@@ -67,9 +70,9 @@ class Drawing(ContextDecorator):
         return bisect_right(range(1, self.batch + 1), False, key=lambda batch: not replace(self, batch=batch).fits(free))
 
     def at_once(self) -> int:
-        """How many of the pictures to draw at the same time in the memory that is free; at least one is tried."""
+        """How many of the pictures to draw at the same time in the memory that is free, with room to spare; at least one is tried."""
         free = free_memory(self.device)
-        return self.batch if free is None or self.fits(free) else max(1, self.largest_batch(free))
+        return self.batch if free is None else max(1, self.largest_batch(int(free * SHARE_TO_FILL)))
 
     def complaint(self, free: int | None) -> str:
         """One line for when memory ran out: what there is enough for in so many bytes, if that is known."""

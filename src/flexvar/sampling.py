@@ -106,7 +106,7 @@ def _is_finite(value: Any) -> bool:
 
 def uniform_numbers(seeds: Sequence[int], tokens: int) -> Tensor:
     """One number in [0, 1) for each picture and token, (B, L) float32 on the CPU; row i depends on seed i alone."""
-    rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
     return torch.stack(rows)
 
 
@@ -133,5 +133,6 @@ def choose(logits: Tensor, numbers: Tensor, sampling: Sampling, greedy: bool = F
     probabilities, codes = candidates(logits, sampling.top_k, sampling.top_p, sampling.temperature)
     reached = probabilities.cumsum(-1)  # (B, n, k)
     target = numbers.to(reached)[..., None] * reached[..., -1:]
-    chosen = (reached <= target).sum(-1, keepdim=True).clamp_max(reached.shape[-1] - 1)
+    kept = (probabilities > 0).sum(-1, keepdim=True)  # a sum in parallel may still move behind them
+    chosen = (reached <= target).sum(-1, keepdim=True).minimum(kept - 1).clamp_min(0)
     return codes.gather(-1, chosen)[..., 0]

@@ -55,6 +55,7 @@ class Schedule:
     sizes: tuple[Size, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", sizes_of(self.sizes))
         if not self.sizes:
             raise ValueError("a schedule needs at least one scale, for example Schedule.square([1, 2, 4])")
         for k, (h, w) in enumerate(self.sizes):

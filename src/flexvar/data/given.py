@@ -73,17 +73,17 @@ def mask_of(mask: GivenPictures, size: tuple[int, int]) -> Tensor:
 def _channels_first(image: Any, what: str) -> Tensor:
     """Any single picture, or batch in one array, as (B, C, H, W) float32."""
     if isinstance(image, Image.Image):
+        if image.mode == "F":
+            raise ValueError(f"{what} holds numbers of unknown range (mode F); give it as an array, floats from 0 to 1")
         if 0 in image.size:
             return torch.empty(1, 3, image.height, image.width)
         plain = ImageOps.exif_transpose(image).convert("RGBA") if image.has_transparency_data else upright_rgb(image)
         return torch.from_numpy(np.array(plain)).permute(2, 0, 1)[None] / 255
     if isinstance(image, np.ndarray):
-        array = image.astype(np.float32) / (np.iinfo(image.dtype).max if image.dtype.kind in "iu" else 1)
-        tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(image.astype(np.float32) / _largest(str(image.dtype), what))
         tensor = tensor.movedim(-1, -3) if tensor.ndim > 2 else tensor
     elif isinstance(image, Tensor):
-        whole = not image.is_floating_point() and image.dtype != torch.bool
-        tensor = image.detach().float().cpu() / (torch.iinfo(image.dtype).max if whole else 1)
+        tensor = image.detach().float().cpu() / _largest(str(image.dtype).removeprefix("torch."), what)
     else:
         raise ValueError(f"{what} is a {type(image).__name__}; give a PIL picture, for example from PIL.Image.open, an array or a tensor")
     tensor = tensor[None] if tensor.ndim == 2 else tensor
@@ -91,3 +91,10 @@ def _channels_first(image: Any, what: str) -> Tensor:
     if tensor.ndim != 4 or tensor.shape[1] not in (1, 3, 4):
         raise ValueError(f"{what} has shape {tuple(image.shape)}; give an array (H, W, C) or a tensor (C, H, W) of 1, 3 or 4 channels")
     return tensor
+
+
+def _largest(dtype: str, what: str) -> int:
+    """The number that stands for white. ValueError for a dtype that does not say it: whole numbers of 32 bits may be 0 to 255."""
+    if not dtype.startswith(("uint8", "uint16", "bool", "float", "bfloat")):
+        raise ValueError(f"{what} holds {dtype}; give uint8 or uint16 of the full range, bool, or floats from 0 to 1")
+    return {"uint8": 255, "uint16": 65535}.get(dtype, 1)

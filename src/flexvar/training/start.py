@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -52,7 +53,7 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
             workshop = TransformerWorkshop(config, painted, source.class_names)
             if before := _begun_from(config):
                 check_codes(before, painted.tokenizer, config.tokenizer)
-            if held_out and held_out.class_names != source.class_names:
+            if held_out and not _same_classes(source.class_names, held_out.class_names):
                 raise ValueError(f"{config.data.held_out} has other classes than {config.data.path}; both need the same class folders")
             for pictures in (source, held_out):
                 if isinstance(pictures, FeatureCache):
@@ -61,6 +62,11 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
             begin_from(config.init_from, workshop.network, source.class_names)
         measured = _measured_batches(held_out, config) if held_out and rank == 0 else []
         return train(workshop, batches_of(source, config, rank, world), measured, config, rank=rank, world=world, device=device)
+
+
+def _same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether labels mean the same; a single class is called as its folder is, and is the same under any name."""
+    return names == others or len(names) == len(others) == 1
 
 
 def _begun_from(config: TransformerRun) -> Path | None:
