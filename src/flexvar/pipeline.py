@@ -54,12 +54,20 @@ class FlexVARPipeline:
         self.model = model
         self.tokenizer: Tokenizer = model.tokenizer
         self.transformer: Transformer = model.transformer
-        self.class_names = model.class_names
-        self.defaults: Defaults = model.defaults
         self.settings = Settings(model)  # what the keywords of a call mean
         self.precision = _name_of(self.transformer)  # of the weights, as reports call it
         self.made_faster: tuple[str, ...] = ()  # "int8", "compiled"
         self._draw: Draw = draw_scales
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, by index; empty where they have none."""
+        return self.model.class_names
+
+    @property
+    def defaults(self) -> Defaults:
+        """How the model draws when it is not told otherwise."""
+        return self.model.defaults
 
     # -- where it comes from and goes to --
 
