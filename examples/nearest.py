@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,15 +15,9 @@ from torch import Tensor
 from examples.demo import SHOWN, enlarged
 from flexvar import FlexVARPipeline
 from flexvar.data import EmojiScenes
+from flexvar.evaluation import renderings
 from flexvar.progress import progress
 from flexvar.sheet import sheet, to_pil
-
-
-def renderings(name: str, size: tuple[int, int], count: int) -> Tensor:
-    """Scenes (count, 3, H, W) in [-1, 1] of one class."""
-    source = EmojiScenes([name], views=count)
-    drawn = [source.draw(i, size, np.random.default_rng((0, i)))[0] for i in range(count)]
-    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def nearest(pictures: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +32,7 @@ def nearest_sheet(pipe: FlexVARPipeline, names: list[str], count: int) -> Image.
     samples = pipe(names, seed=21, output_type="pt").images * 2 - 1
     found, captions = [], []
     for name, sample in zip(progress(names, "rendering"), samples, strict=True):
-        scenes = renderings(name, size, count)
+        scenes, _ = renderings(EmojiScenes([name]), count, size, seed=0)
         (position,), (distance,) = nearest(sample[None], scenes)
         found.append(scenes[position])
         captions.append(f"{distance * 127.5:.0f} levels apart")

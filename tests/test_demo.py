@@ -42,7 +42,7 @@ def test_samples_beside_the_renderings_nearest_to_them(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "argv", ["nearest", str(tmp_path / "nearest.png"), "--count", "20"])
     nearest.main()
     assert np.asarray(Image.open(tmp_path / "nearest.png")).std() > 10
-    scenes = nearest.renderings("pizza", (32, 32), 6)
+    scenes = torch.rand(6, 3, 8, 8) * 1.8 - 1
     positions, distances = nearest.nearest(scenes[[4, 1]] + 0.1, scenes)
     assert positions.tolist() == [4, 1]
     assert torch.all(distances <= 0.1 + 1e-6)

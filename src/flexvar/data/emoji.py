@@ -151,7 +151,8 @@ def emoji_aliases(names: Sequence[str]) -> dict[str, str]:
         for alias in package.EMOJI_DATA[known[name]].get("alias", ())
     }
     also |= {alias: name for alias, name in ALSO_CALLED.items() if name in names}
-    return {alias: name for alias, name in also.items() if alias not in RUDE and alias not in {name.casefold() for name in names}}
+    taken = {*RUDE, *(name.casefold() for name in names)}
+    return {alias: name for alias, name in also.items() if alias not in taken}
 
 
 @lru_cache(maxsize=4096)
