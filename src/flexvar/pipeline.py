@@ -149,7 +149,7 @@ class FlexVARPipeline:
         """Draws one picture for each label.
 
         class_labels: class names or indices, one or several; None (or "unconditional") means no class.
-        batch_size: pictures drawn at the same time, by default as many as six tenths of the free memory hold; it changes speed, not the pictures.
+        batch_size: pictures drawn at the same time, by default what six tenths of the free memory hold; changes speed, not the pictures.
         output_type: "pil", "np" or "pt". The other keywords are those of `stream`.
         """
         check_output_type(output_type)
