@@ -1,14 +1,13 @@
 """What training looked like: `python -m benchmarks.curves RUN [RUN ...] --out curves.png`, from the logs of runs (needs matplotlib).
 
-A row a run. Of a tokenizer: its loss, the PSNR of batches and of pictures held out, the codes in use. Of a transformer: its loss beside
-that of guessing, and loss and accuracy at the square scales that came in most reports.
+A row a run. Of a tokenizer: its loss, the PSNR of batches and, at some scales, of pictures held out, the codes in use. Of a transformer:
+its loss beside that of guessing, and loss and accuracy at some of the square scales that came in most reports.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +35,18 @@ def series(lines: Sequence[Line], *path: str) -> tuple[list[int], list[float]]:
     return steps, values
 
 
+def plot(axis: Any, lines: Sequence[Line], *path: str, label: str, **style: Any) -> None:
+    """The curve of a figure, where the run reported it at all."""
+    steps, values = series(lines, *path)
+    if steps:
+        axis.plot(steps, values, label=label, **style)
+
+
+def thinned(scales: Sequence[str]) -> Sequence[str]:
+    """Four or five of the scales, the finest among them."""
+    return scales[:: -max(1, len(scales) // 4)][::-1]
+
+
 def draw(runs: Sequence[Path], out: Path) -> None:
     """The picture of all curves."""
     import matplotlib
@@ -56,27 +67,26 @@ def draw(runs: Sequence[Path], out: Path) -> None:
 
 
 def _of_tokenizer(axes: Any, reports: list[Line], measured: list[Line]) -> None:
-    axes[0].plot(*series(reports, "loss"), label="loss of batches")
+    plot(axes[0], reports, "loss", label="loss of batches")
     axes[0].set_yscale("log")
-    axes[1].plot(*series(reports, "psnr"), alpha=0.5, label="PSNR of batches, native scale, dB")
-    for scale in list(measured[-1]["measured"]["by_scale"]) if measured else []:
-        axes[1].plot(*series(measured, "measured", "by_scale", scale, "psnr"), label=f"unseen, {scale}")
-    axes[2].plot(*series(reports, "codes_in_use"), label="codes in use since the last look")
-    axes[2].plot(*series(measured, "measured", "use"), label="codes in use, unseen")
+    plot(axes[1], reports, "psnr", label="PSNR of batches, native scale, dB", alpha=0.5)
+    for scale in thinned(list(measured[-1]["measured"]["by_scale"]) if measured else []):
+        plot(axes[1], measured, "measured", "by_scale", scale, "psnr", label=f"unseen, {scale}")
+    plot(axes[2], reports, "codes_in_use", label="codes in use since the last look")
+    plot(axes[2], measured, "measured", "use", label="codes in use, unseen")
     axes[2].set_ylim(0, 1.05)
 
 
 def _of_transformer(axes: Any, reports: list[Line], measured: list[Line]) -> None:
-    axes[0].plot(*series(reports, "loss"), label="loss of batches")
-    axes[0].plot(*series(measured, "measured", "loss"), label="loss, unseen, averaged weights")
-    guessing = measured[-1]["measured"]["loss_of_guessing"] if measured else math.nan
-    axes[0].axhline(guessing, color="grey", linestyle="--", label=f"guessing: {guessing:.2f}")
+    plot(axes[0], reports, "loss", label="loss of batches")
+    plot(axes[0], measured, "measured", "loss", label="loss, unseen, averaged weights")
+    plot(axes[0], measured, "measured", "loss_of_guessing", label="guessing", color="grey", linestyle="--")
     often = Counter(scale for report in reports for scale in report["loss_by_scale"])
     square = [scale for scale, count in often.items() if len(set(scale.split("x"))) == 1 and 2 * count > len(reports)]
     sides = sorted(int(scale.split("x")[0]) for scale in square)
-    for scale in [f"{side}x{side}" for side in sides[:: max(1, len(sides) // 4)]]:
-        axes[1].plot(*series(reports, "loss_by_scale", scale), label=f"loss, {scale}")
-        axes[2].plot(*series(reports, "accuracy_by_scale", scale), label=f"accuracy, {scale}")
+    for scale in thinned([f"{side}x{side}" for side in sides]):
+        plot(axes[1], reports, "loss_by_scale", scale, label=f"loss, {scale}")
+        plot(axes[2], reports, "accuracy_by_scale", scale, label=f"accuracy, {scale}")
 
 
 def main() -> None:

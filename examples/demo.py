@@ -1,6 +1,6 @@
-"""What FlexVAR does, in four sheets drawn by the bundled model: `python -m examples.demo OUT_FOLDER [--model MODEL]`.
+"""What FlexVAR does, drawn by the bundled model: `python -m examples.demo OUT_FOLDER [--model MODEL]`.
 
-Classes, sizes and aspect ratios, numbers of steps, and every scale of one picture.
+Four sheets: classes, sizes and aspect ratios, numbers of steps, all scales of some pictures. And one class growing in three shapes, a film.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from flexvar import FlexVARPipeline, Schedule
+from flexvar import FlexVARPipeline
 from flexvar.sheet import sheet, to_pil
 
 SHOWN = ("pizza", "panda", "ghost", "red heart", "frog", "rocket", "sunflower", "octopus", "cat face", "strawberry", "cactus", "rainbow")
 ZOOM = 2  # the bundled model draws 64 px pictures; sheets are for people
+FRAME, PAUSE = 350, 2000  # milliseconds
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
@@ -43,11 +44,21 @@ def sizes_sheet(pipe: FlexVARPipeline, label: str) -> Image.Image:
 
 def steps_sheet(pipe: FlexVARPipeline, labels: list[str]) -> Image.Image:
     """The same seeds in four numbers of steps."""
-    f, side = pipe.tokenizer.config.downsample, pipe.defaults.height
-    last = side // f
-    schedules = [Schedule.square(sides) for sides in ([1, 2, last], [1, 2, 4, last], [1, 2, 3, 4, 6, last], list(range(1, last + 1)))]
-    rows = [[enlarged(picture) for picture in pipe(labels, schedule=schedule, seed=3).images] for schedule in schedules]
-    return sheet(rows, [[f"{len(schedule)} steps"] for schedule in schedules])
+    counts = (4, 6, 8, 10)
+    rows = [[enlarged(picture) for picture in pipe(labels, num_inference_steps=count, seed=3).images] for count in counts]
+    return sheet(rows, [[f"{count} steps"] for count in counts])
+
+
+def growing(pipe: FlexVARPipeline, label: str) -> list[Image.Image]:
+    """The frames of a film: a square, a row and a column of one class, scale by scale and side by side."""
+    side = pipe.defaults.height
+    small, long = side * 5 // 8, side * 15 // 8
+    films = []
+    for height, width in ((side, side), (small, long), (long, small)):
+        steps = pipe.stream(label, height=height, width=width, seed=5, top_p=0.8)
+        films.append([to_pil(step.images)[0].resize((width * ZOOM, height * ZOOM), Image.Resampling.BICUBIC) for step in steps])
+    last = max(map(len, films))
+    return [sheet([[film[min(frame, len(film) - 1)] for film in films]]) for frame in range(last)]
 
 
 def scales_sheet(pipe: FlexVARPipeline, labels: list[str]) -> Image.Image:
@@ -78,6 +89,10 @@ def main() -> None:
         began = time.perf_counter()
         draw().save(words.out / name)
         print(f"{words.out / name}  ({time.perf_counter() - began:.1f} s)", flush=True)
+    first, *others = growing(pipe, labels[-1])
+    durations = [FRAME] * len(others) + [PAUSE]
+    first.save(words.out / "growing.webp", save_all=True, append_images=others, duration=durations, loop=0, quality=90)
+    print(words.out / "growing.webp")
 
 
 if __name__ == "__main__":
