@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flexvar.checkpoint import load, save
-from flexvar.data.emoji import emoji_aliases
+from flexvar.data import aliases_of
 
 ABOUT = {
     "about": "48 well-known emoji on plain backgrounds, drawn scale by scale; trained from random weights with `flexvar train`",
@@ -26,7 +26,7 @@ def main() -> None:
     arguments.add_argument("--overwrite", action="store_true")
     words = arguments.parse_args()
     model = load(words.model)
-    model = dataclasses.replace(model, provenance={**ABOUT, **model.provenance}, aliases=emoji_aliases(model.class_names))
+    model = dataclasses.replace(model, provenance={**ABOUT, **model.provenance}, aliases=aliases_of(model.class_names))
     save(model, words.out, dtype=torch.bfloat16, overwrite=words.overwrite)
     for path in sorted(words.out.iterdir()):
         print(f"{path}  {path.stat().st_size / 2**20:.2f} MiB")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from flexvar import FlexVARPipeline
+from flexvar import FlexVARPipeline, Schedule
+from flexvar.schedule import grid_of
 from flexvar.sheet import sheet, to_pil
 
 SHOWN = ("pizza", "panda", "ghost", "red heart", "frog", "rocket", "sunflower", "octopus", "cat face", "strawberry", "cactus", "rainbow")
@@ -37,16 +38,17 @@ def sizes_sheet(pipe: FlexVARPipeline, label: str) -> Image.Image:
     small, long = side * 5 // 8, side * 15 // 8
     half, large = side * 3 // 4, side * 3 // 2
     sizes = [(side, side), (small, long), (half, large), (long, small), (large, half), (large, large)]
-    pictures = [enlarged(pipe(label, height=height, width=width, seed=5, top_p=0.8).images[0]) for height, width in sizes]
+    pictures = [enlarged(pipe(label, height=height, width=width, seed=7, top_p=0.8).images[0]) for height, width in sizes]
     captions = [f"{height} x {width}" for height, width in sizes]
     return sheet([pictures[:3], pictures[3:]], [captions[:3], captions[3:]])
 
 
 def steps_sheet(pipe: FlexVARPipeline, labels: list[str]) -> Image.Image:
     """The same seeds in four numbers of steps."""
-    counts = (4, 6, 8, 10)
-    rows = [[enlarged(picture) for picture in pipe(labels, num_inference_steps=count, seed=3).images] for count in counts]
-    return sheet(rows, [[f"{count} steps"] for count in counts])
+    h, w = grid_of(pipe.defaults.height, pipe.defaults.width, pipe.tokenizer.config.downsample)
+    schedules = [Schedule.for_grid(h, w, steps) for steps in (4, 6, 8, 10)]  # equal scales merge, so there may be fewer
+    rows = [[enlarged(picture) for picture in pipe(labels, schedule=schedule, seed=3).images] for schedule in schedules]
+    return sheet(rows, [[f"{len(schedule)} steps"] for schedule in schedules])
 
 
 def growing(pipe: FlexVARPipeline, label: str) -> list[Image.Image]:
@@ -55,7 +57,7 @@ def growing(pipe: FlexVARPipeline, label: str) -> list[Image.Image]:
     small, long = side * 5 // 8, side * 15 // 8
     films = []
     for height, width in ((side, side), (small, long), (long, small)):
-        steps = pipe.stream(label, height=height, width=width, seed=5, top_p=0.8)
+        steps = pipe.stream(label, height=height, width=width, seed=7, top_p=0.8)
         films.append([to_pil(step.images)[0].resize((width * ZOOM, height * ZOOM), Image.Resampling.BICUBIC) for step in steps])
     last = max(map(len, films))
     return [sheet([[film[min(frame, len(film) - 1)] for film in films]]) for frame in range(last)]
@@ -78,10 +80,11 @@ def main() -> None:
     words = arguments.parse_args()
     pipe = FlexVARPipeline.from_pretrained(words.model)
     labels = [name for name in ("pizza", "frog", "rocket", "panda") if name in pipe.class_names] or list(pipe.class_names[:4])
+    fruit = "watermelon" if "watermelon" in pipe.class_names else labels[0]
     words.out.mkdir(parents=True, exist_ok=True)
     sheets = {
         "classes.png": lambda: classes_sheet(pipe),
-        "sizes.png": lambda: sizes_sheet(pipe, "sunflower" if "sunflower" in pipe.class_names else labels[0]),
+        "sizes.png": lambda: sizes_sheet(pipe, fruit),
         "steps.png": lambda: steps_sheet(pipe, labels),
         "scales.png": lambda: scales_sheet(pipe, labels),
     }
@@ -89,7 +92,7 @@ def main() -> None:
         began = time.perf_counter()
         draw().save(words.out / name)
         print(f"{words.out / name}  ({time.perf_counter() - began:.1f} s)", flush=True)
-    first, *others = growing(pipe, labels[-1])
+    first, *others = growing(pipe, fruit)
     durations = [FRAME] * len(others) + [PAUSE]
     first.save(words.out / "growing.webp", save_all=True, append_images=others, duration=durations, loop=0, quality=90)
     print(words.out / "growing.webp")

@@ -27,6 +27,8 @@ def test_demo_draws_four_sheets_and_says_where(tmp_path: Path, monkeypatch, caps
         assert str(tmp_path / "demo" / name) in printed
         pixels = np.asarray(Image.open(tmp_path / "demo" / name))
         assert pixels.std() > 10, name
+    with Image.open(tmp_path / "demo" / "growing.webp") as film:
+        assert film.n_frames > 4
 
 
 @pytest.mark.slow
