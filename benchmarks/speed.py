@@ -114,9 +114,7 @@ def main() -> int:
     after = measure_rates()
 
     fastest = max(before, after, key=lambda rates: rates.convolutions)
-    best = Rates(
-        max(before.products, after.products), fastest.convolutions, fastest.format, max(before.bandwidth, after.bandwidth)
-    )
+    best = Rates(max(before.products, after.products), fastest.convolutions, fastest.format, max(before.bandwidth, after.bandwidth))
     floors, reading = best.floor(flops), best.reading(flops, weights)
     every = [seconds.all for seconds in drawn]
     share = sum(floors) / statistics.median(every)

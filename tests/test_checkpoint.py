@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import errno
 import json
+import shutil
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -10,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from flexvar import Guidance, Sampling, Tokenizer, Transformer
-from flexvar.checkpoint import Defaults, Model, load, load_configs, save
+from flexvar import Guidance, Sampling, Tokenizer, Transformer, writing
+from flexvar.checkpoint import Defaults, Model, load, load_empty, save
 
 
 @pytest.fixture
@@ -38,7 +42,9 @@ def test_there_and_back(model: Model, tmp_path: Path) -> None:
         assert ours.config == theirs.config
         assert not theirs.training
         assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
-    assert load_configs(tmp_path / "model") == (model.tokenizer.config, model.transformer.config)
+    empty = load_empty(tmp_path / "model")
+    assert (empty.tokenizer.config, empty.defaults, empty.class_names) == (model.tokenizer.config, model.defaults, model.class_names)
+    assert {parameter.device.type for parameter in empty.transformer.parameters()} == {"meta"}
 
 
 def test_bfloat16_on_disk_is_float32_when_loaded(model: Model, tmp_path: Path) -> None:
@@ -50,8 +56,75 @@ def test_bfloat16_on_disk_is_float32_when_loaded(model: Model, tmp_path: Path) -
 def test_a_tokenizer_alone(model: Model, tmp_path: Path) -> None:
     save(Model(model.tokenizer), tmp_path)
     assert load(tmp_path).transformer is None
-    with pytest.raises(ValueError, match="tokenizer only"):
-        load_configs(tmp_path)
+
+
+def test_a_tokenizer_in_the_place_of_a_model_leaves_nothing_of_it(model: Model, tmp_path: Path) -> None:
+    save(model, tmp_path)
+    save(Model(model.tokenizer), tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "tokenizer.safetensors"]
+    assert load(tmp_path).transformer is None
+
+
+@pytest.mark.parametrize("whole", [0, 1, 2])
+def test_a_save_that_fails_half_way_leaves_the_old_model(model: Model, tmp_path: Path, monkeypatch, whole: int) -> None:
+    save(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    filled = []
+
+    def full(beside: Path, *rest: Any) -> None:
+        filled.append(beside)
+        if len(filled) > whole:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fill(beside, *rest)
+
+    fill = writing._fill
+    monkeypatch.setattr(writing, "_fill", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(model, tmp_path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("new", ["config.json", "tokenizer.safetensors", "transformer.safetensors"])
+def test_files_of_two_models_are_not_taken_for_one(model: Model, tmp_path: Path, new: str) -> None:
+    save(model, tmp_path / "old")
+    save(dataclasses.replace(model, tokenizer=changed(model.tokenizer), transformer=changed(model.transformer)), tmp_path / "new")
+    shutil.copy(tmp_path / "new" / new, tmp_path / "old")
+    with pytest.raises(ValueError, match=r"\.safetensors: this is not the file that was saved with config\.json; .* as a whole$"):
+        load(tmp_path / "old")
+
+
+def changed(network: nn.Module) -> nn.Module:
+    network = copy.deepcopy(network)
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[0] += 1
+    return network
+
+
+def test_the_same_weights_are_the_same_file(model: Model, tmp_path: Path) -> None:
+    save(model, tmp_path / "whole")
+    save(Model(model.tokenizer), tmp_path / "alone")
+    assert (tmp_path / "whole" / "tokenizer.safetensors").read_bytes() == (tmp_path / "alone" / "tokenizer.safetensors").read_bytes()
+
+
+def test_a_save_over_a_folder_without_digests_that_was_killed_is_noticed(model: Model, tmp_path: Path) -> None:
+    save(model, tmp_path / "new")
+    save(model, tmp_path / "old")
+    for name in ("tokenizer", "transformer"):
+        path = tmp_path / "old" / f"{name}.safetensors"
+        save_file(load_file(path), path)
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["digests"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    load(tmp_path / "old")
+    shutil.copy(tmp_path / "new" / "tokenizer.safetensors", tmp_path / "old")
+    with pytest.raises(ValueError, match=r"tokenizer\.safetensors: this is not the file"):
+        load(tmp_path / "old")
+
+
+def test_a_file_where_the_folder_should_be(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("dear to someone")
+    with pytest.raises(OSError, match=r"the folder .*file could not be made \(File exists\); choose another"):
+        save(model, tmp_path / "file")
 
 
 def test_nothing_is_overwritten_unasked(model: Model, tmp_path: Path) -> None:

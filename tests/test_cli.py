@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from flexvar import FlexVARPipeline, Guidance, Sampling, Tokenizer, Transformer
 from flexvar.checkpoint import Defaults, Model, save
 from flexvar.cli import main, parser
+from flexvar.data import Shapes
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,9 @@ def test_mistakes_get_one_line_and_status_2(model: str, words: list[str], compla
         (["--height", "65"], "nearest height is 64 or 80"),
         (["--steps", "1"], "at least 2"),
         (["--schedule", "1,50000"], "no machine holds"),
+        (["--schedule", "10", "--height", "512"], "height is 512, but the schedule ends at 256 px"),
+        (["--schedule", "10", "--steps", "9"], "num_inference_steps is 9, but the schedule has 10"),
+        (["--schedule", ""], "is not a schedule"),
         (["--model", "/nowhere"], "no model folder"),
     ],
 )
@@ -104,6 +109,61 @@ def test_plans_that_cannot_be_made(words: list[str], complaint: str, capsys) -> 
 def test_a_plan_of_any_depth(capsys) -> None:
     assert main(["plan", "--depth", "1000000"]) == 0
     assert "depth 1000000, width 64000000" in capsys.readouterr().out
+
+
+def test_a_plan_is_of_what_would_be_drawn(model: str, capsys) -> None:
+    for words, first in (
+        (["--model", model], "1 x 16 x 16 px"),
+        (["--model", model, "--height", "8"], "1 x 8 x 8 px"),
+        (["--schedule", "512-12", "--batch", "2"], "2 x 512 x 512 px"),
+        ([], "1 x 256 x 256 px"),
+    ):
+        assert main(["plan", *words]) == 0
+        assert capsys.readouterr().out.splitlines()[1].startswith(first)
+
+
+def test_no_plan_of_a_tokenizer_alone(small_tokenizer: Tokenizer, tmp_path: Path, capsys) -> None:
+    save(Model(small_tokenizer), tmp_path / "tokenizer")
+    assert main(["plan", "--model", str(tmp_path / "tokenizer")]) == 2
+    assert "holds a tokenizer only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["smaple"], "argument COMMAND: invalid choice: 'smaple'"),
+        ([], "the following arguments are required: COMMAND; see flexvar --help"),
+        (["sample", "--count", "many"], "argument --count: invalid int value: 'many'; see flexvar sample --help"),
+        (["edit", "refine"], "the following arguments are required: PICTURE; see flexvar edit refine --help"),
+        (["info", "--fast"], "unrecognized arguments: --fast; see flexvar --help"),
+    ],
+)
+def test_mistyped_words_get_one_line_and_status_2(words: list[str], complaint: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("flexvar: ")
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_a_traceback_on_request(monkeypatch) -> None:
+    monkeypatch.setenv("FLEXVAR_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="give 1 or more"):
+        main(["plan", "--batch", "0"])
+
+
+def test_a_mistyped_folder_is_named_at_once(capsys, monkeypatch) -> None:
+    def offline(name: str, **_) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    for name, told in (("runs/emojis", "runs/emojis"), ("flexvar-d24", "jiaosiyu1999/FlexVAR")):
+        assert main(["info", name]) == 2
+        error = capsys.readouterr().err
+        assert f"{told} is no folder here, not in the Hub's cache and cannot be reached; correct the name" in error
+        assert error.count("\n") == 1
 
 
 def test_models_that_are_not_there(capsys, tmp_path: Path) -> None:
@@ -132,6 +192,49 @@ def test_data_shapes(tmp_path: Path, capsys) -> None:
     assert len(pictures) == 20
     assert Image.open(pictures[0]).size == (30, 20)
     assert main(words) == 2
+    assert "holds a data set; choose another folder, or replace all of it with --overwrite" in capsys.readouterr().err
+
+
+def test_a_data_set_is_whole_and_holds_nothing_of_the_one_before(tmp_path: Path, capsys, monkeypatch) -> None:
+    out, words = tmp_path / "set", ["--height", "8", "--width", "8"]
+    assert main(["data", "shapes", str(out), "--count", "2", *words]) == 0
+    before = sorted(out.rglob("*"))
+    draw = Shapes.draw
+
+    def interrupted(self, index, *rest):
+        if index > 4:
+            raise KeyboardInterrupt
+        return draw(self, index, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shapes, "draw", interrupted)
+        assert main(["data", "shapes", str(out), "--overwrite", *words]) == 130
+        assert main(["data", "shapes", str(tmp_path / "other"), *words]) == 130
+    assert sorted(out.rglob("*")) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    (out / "trapezium").mkdir()
+    assert main(["data", "shapes", str(out), "--count", "1", "--overwrite", *words]) == 0
+    assert len(list(out.rglob("*.png"))) == 10
+    assert not (out / "trapezium").exists()
+
+
+def test_no_data_set_takes_the_place_of_what_is_dear_to_someone(tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("mine/letter", "file"):
+        (tmp_path / name).write_text("dear to someone")
+    for name, complaint in (("mine", "holds what `flexvar data` has not made"), ("file", "is a file")):
+        assert main(["data", "shapes", str(tmp_path / name), "--overwrite"]) == 2
+        error = capsys.readouterr().err
+        assert complaint in error
+        assert error.count("\n") == 1
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"dear to someone"}
+
+
+@pytest.mark.parametrize("words", [["--count", "0"], ["--height", "-1"], ["--width", "0"], ["--seed", "-1"]])
+def test_data_sets_that_cannot_be_made(words: list[str], tmp_path: Path, capsys) -> None:
+    assert main(["data", "shapes", str(tmp_path / "set"), *words]) == 2
+    assert f"{words[0]} is {words[1]}; it must be at least" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
 
 
 def test_every_command_has_help_with_an_example() -> None:

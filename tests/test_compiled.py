@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from flexvar import FlexVARPipeline, Guidance, Keep, Sampling, Schedule, Tokenizer, Transformer, generate
 from flexvar.checkpoint import Defaults, Model
-from flexvar.compiled import MOST_RECORDINGS, Recorded, Work, compiled, cuda_graph, fuse
+from flexvar.compiled import MOST_RECORDINGS, Recorded, Recording, Work, compiled, cuda_graph, fuse
 from flexvar.generation import draw_scales
 from flexvar.linear import PackedLinear, to_int8
 from flexvar.sampling import choose
@@ -193,6 +195,56 @@ def test_where_memory_runs_out_the_other_recordings_go_first(draw: Recorded, the
     tries.clear()
     with pytest.raises(torch.OutOfMemoryError):  # nothing is left to go
         list(generate(*there, [0], SCHEDULE, seeds=[1], draw=draw))
+
+
+@pytest.mark.parametrize("where", ["step", "decode"])
+def test_where_an_edit_runs_out_of_memory_the_recordings_go(
+    draw: Recorded, there: tuple[Tokenizer, Transformer], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = Keep([torch.full((1, 1, 1), 7)])
+    plain = list(generate(*there, [0, 1], SCHEDULE, keep=keep, seeds=[1, 2]))
+    images = plain[-1].images
+    list(generate(*there, [0], SCHEDULE, seeds=[1], draw=draw))
+    kind = Transformer if where == "step" else Tokenizer
+    work, tries = getattr(kind, where), []
+
+    def full_while_recordings_are_there(*given: object) -> Tensor:
+        tries.append(len(draw.recordings))
+        if draw.recordings:
+            raise torch.OutOfMemoryError("out of memory")
+        return work(*given)
+
+    monkeypatch.setattr(kind, where, full_while_recordings_are_there)
+    steps = list(generate(*there, [0, 1], SCHEDULE, keep=keep, seeds=[1, 2], draw=draw))
+    assert torch.equal(steps[-1].images, images)
+    assert all(torch.equal(one.codes, other.codes) for one, other in zip(steps, plain, strict=True))
+    assert tries[:2] == [1, 0]
+    assert not draw.recordings
+    monkeypatch.setattr(kind, where, mock.Mock(side_effect=torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):  # nothing is left to go
+        list(generate(*there, [0, 1], SCHEDULE, keep=keep, seeds=[1, 2], draw=draw))[-1].images  # noqa: B018
+
+
+def test_a_drawing_waits_for_the_one_before_whatever_its_stream(draw: Recorded, there: tuple[Tokenizer, Transformer]) -> None:
+    draw.done = mock.Mock()
+    run, order = Recording.run, []
+    draw.done.wait.side_effect = lambda: order.append("waited")
+    with mock.patch.object(Recording, "run", lambda self, *given: (order.append("ran"), run(self, *given))[1]):
+        assert same_codes(draw, there, [0], seeds=[1])
+    assert order == ["waited", "ran"]
+
+
+def test_threads_with_streams_of_their_own_get_their_own_pictures(draw: Recorded, there: tuple[Tokenizer, Transformer]) -> None:
+    expected = {seed: list(generate(*there, [0], SCHEDULE, seeds=[seed]))[-1].codes for seed in range(16)}
+    list(generate(*there, [0], SCHEDULE, seeds=[0], draw=draw))
+
+    def drawn(seed: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()) if CUDA else nullcontext():
+            *_, last = generate(*there, [0], SCHEDULE, seeds=[seed], draw=draw)
+            return torch.equal(last.codes, expected[seed])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(drawn, expected))
 
 
 def test_without_triton_compiling_for_cuda_is_refused(networks: tuple[Tokenizer, Transformer], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexvar.data import aliases_of, imagenet_classes
 from flexvar.data import emoji as scenes
 from flexvar.data.emoji import WELL_KNOWN, EmojiScenes, emoji_aliases, every_emoji, find_font, glyph
 from flexvar.data.source import PictureSource
@@ -135,6 +136,19 @@ def test_other_names_are_what_people_type() -> None:
     assert "cat" not in emoji_aliases(["cat", "cat face", "no emoji"])  # where it is a class of its own
 
 
+def test_classes_get_the_other_names_that_belong_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert aliases_of(WELL_KNOWN) == emoji_aliases(WELL_KNOWN)
+    assert aliases_of([name for _, name in imagenet_classes()]) == dict(imagenet_classes())
+    assert aliases_of(["tench", "mine"]) == {"n01440764": "tench"}
+    assert aliases_of(["mine", "yours"]) == {}
+
+    def without() -> None:
+        raise ModuleNotFoundError("No module named 'emoji'")
+
+    monkeypatch.setattr(scenes, "_named_characters", without)
+    assert aliases_of(["pizza", "tench"])["n01440764"] == "tench"
+
+
 @needs_font
 def test_names_labels_and_errors() -> None:
     source = EmojiScenes(["pizza", "cat face"], views=3)
@@ -145,8 +159,11 @@ def test_names_labels_and_errors() -> None:
     assert pickle.loads(pickle.dumps(source)).class_names == source.class_names  # worker processes need this
     with pytest.raises(ValueError, match=r"no emoji is called 'piza': try 'pizza'"):
         EmojiScenes(["piza"])
-    with pytest.raises(ValueError, match="remove the repeated ones"):
-        EmojiScenes(["pizza", "pizza"])
+    assert EmojiScenes(["heart", "CAR", "Christmas Tree"]).class_names == ("red heart", "automobile", "Christmas tree")
+    with pytest.raises(ValueError, match="classes name the emoji 'red heart' twice"):
+        EmojiScenes(["heart", "red heart"])
+    with pytest.raises(ValueError, match="classes is empty"):
+        EmojiScenes([])
     with pytest.raises(ValueError, match="give a list of names"):
         EmojiScenes("pizza")
     with pytest.raises(ValueError, match="views is 0"):
@@ -158,14 +175,14 @@ def test_names_labels_and_errors() -> None:
 def test_a_missing_font_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(scenes, "FONT_PLACES", (str(tmp_path / "none.ttf"),))
     monkeypatch.delenv("FLEXVAR_EMOJI_FONT", raising=False)
-    with pytest.raises(FileNotFoundError, match="fonts-noto-color-emoji, or give its path as font="):
+    with pytest.raises(FileNotFoundError, match="fonts-noto-color-emoji, or give its path as --font"):
         EmojiScenes(["pizza"])
     with pytest.raises(FileNotFoundError, match=r"no emoji font at .*mine\.ttf"):
         EmojiScenes(["pizza"], font=tmp_path / "mine.ttf")
     (tmp_path / "other.ttf").write_text("no font")
     monkeypatch.setenv("FLEXVAR_EMOJI_FONT", str(tmp_path / "other.ttf"))
     assert find_font() == tmp_path / "other.ttf"
-    with pytest.raises(ValueError, match=r"give a NotoColorEmoji\.ttf"):
+    with pytest.raises(ValueError, match=r"give a NotoColorEmoji\.ttf as --font"):
         EmojiScenes(["pizza"])
 
 

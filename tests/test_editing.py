@@ -110,8 +110,9 @@ def test_upscale_keeps_the_native_scales_and_grows_beyond(pipe: FlexVARPipeline)
     with torch.no_grad():
         own = pipe.tokenizer.codes(pipe.tokenizer.features(edit.canvas), sizes[: sizes.index((4, 4)) + 1])
     assert all(torch.equal(step.codes, codes) for step, codes in zip(steps, own, strict=False))
-    with pytest.warns(UserWarning, match="more than twice the trained 16 px"):
+    with pytest.warns(UserWarning, match="40 px is more than twice the trained 16 px; expect waves") as caught:
         assert pipe.upscale(picture(height=8, width=12), 4, 0, seed=0).images[0].size == (48, 32)
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (13, 19), (7, 30), (1, 1), (5, 2)])
@@ -128,6 +129,31 @@ def test_black_pixels_come_back_above_max_pixels(pipe: FlexVARPipeline) -> None:
     result = pipe.inpaint(given, mask, 0, seed=0, max_pixels=200).images[0]
     assert np.array_equal(pixels(result)[mask == 0], pixels(given)[mask == 0])
     assert pipe.refine(given, 0.5, 0, seed=0, max_pixels=200).images[0].size == given.size
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("upscale", {"factor": 3}), ("upscale", {"height": 39}), ("refine", {"height": 40, "width": 36}), ("outpaint", {"left": 9})],
+)
+@pytest.mark.parametrize("max_pixels", [1, 50, 300, 10**6])
+def test_no_edit_draws_more_than_max_pixels(
+    pipe: FlexVARPipeline, name: str, words: dict, max_pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = picture(1, 13, 13)
+    monkeypatch.setattr("flexvar.pipeline.warn", lambda message: None)
+    edit = pipe.edit_of(name, given, max_pixels=max_pixels, **words)
+    h, w = edit.grid
+    assert 16 * max(1, h - 1) * max(1, w - 1) <= max(max_pixels, 16)  # sides are rounded up to codes
+    free = pipe.edit_of(name, given, max_pixels=10**6, **words)
+    assert edit.size == free.size
+    result = pipe(0, edit=edit, seed=0, output_type="pt").images
+    assert result.shape[-2:] == free.size
+
+
+def test_upscale_draws_as_much_as_it_may_and_enlarges_the_rest(pipe: FlexVARPipeline) -> None:
+    edit = pipe.edit_of("upscale", picture(), factor=4, max_pixels=24**2)
+    assert (edit.native, edit.grid, edit.size) == ((4, 4), (6, 6), (64, 64))
+    assert pipe.upscale(picture(), 4, 0, seed=0, max_pixels=24**2).images[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("words", [{"left": 5}, {"right": 4, "top": 3}, {"height": 21, "width": 40, "anchor": "bottom-left"}])
@@ -206,7 +232,11 @@ def test_stream_ends_with_the_finished_picture(pipe: FlexVARPipeline) -> None:
         ("inpaint", {"mask": half(), "mask_rule": "some"}, "mask_rule is 'some'; there are any, majority, all"),
         ("inpaint", {"mask": half(), "feather": -1}, "feather is -1"),
         ("inpaint", {"mask": [half(), half()]}, "2 masks were given for 1 pictures"),
-        ("inpaint", {"mask": half(), "height": 32}, "the edit draws 16 x 16 px"),
+        ("inpaint", {"mask": half(), "height": 32}, "inpaint\\(\\) takes no keyword 'height'"),
+        ("inpaint", {"mask": half(), "fether": 3}, "inpaint\\(\\) takes no keyword 'fether'; did you mean 'feather'\\?"),
+        ("inpaint", {"mask": half(), "max_pixels": 2.5}, "max_pixels is 2.5; give an integer"),
+        ("upscale", {"factor": 2, "max_pixels": 0}, "max_pixels is 0"),
+        ("outpaint", {"left": 2.5}, "left is 2.5; give an integer"),
         ("outpaint", {}, "nothing to draw beyond the picture"),
         ("outpaint", {"left": -4}, "would become smaller"),
         ("outpaint", {"left": 4, "height": 32}, "and not both"),
@@ -216,11 +246,12 @@ def test_stream_ends_with_the_finished_picture(pipe: FlexVARPipeline) -> None:
         ("upscale", {"factor": float("nan")}, "would become smaller"),
         ("upscale", {"factor": 2, "height": 32}, "and not both"),
         ("refine", {"strength": 1.5}, "strength is 1.5"),
-        ("refine", {"height": 18}, "multiples of 4 px"),
+        ("refine", {"height": 18}, "height 18 is not a multiple of 4 px; the nearest height is 16 or 20"),
         ("refine", {"schedule": [1, 2]}, "but the schedule ends at 8 px"),
         ("refine", {"num_inference_steps": 1}, "at least 2"),
         ("refine", {"max_pixels": 0}, "max_pixels is 0"),
-        ("refine", {"speed": 1}, "speed"),
+        ("refine", {"quickly": 1}, "refine\\(\\) takes no keyword 'quickly'; there are image, strength, class_labels, num_inference_steps"),
+        ("refine", {"height": 16, "width": 18}, "width 18 is not a multiple of 4 px"),
     ],
 )
 def test_bad_words(pipe: FlexVARPipeline, name: str, words: dict, complaint: str) -> None:
@@ -231,6 +262,18 @@ def test_bad_words(pipe: FlexVARPipeline, name: str, words: dict, complaint: str
 def test_unknown_edits(pipe: FlexVARPipeline) -> None:
     with pytest.raises(ValueError, match="no edit is named 'sharpen'; there are refine, upscale, inpaint, outpaint"):
         pipe.edit_of("sharpen", picture())
+    with pytest.raises(TypeError, match=r"upscale\(\) takes no keyword 'facto'; did you mean 'factor'\?"):
+        pipe.edit_of("upscale", picture(), facto=2)
+
+
+@pytest.mark.parametrize(("name", "width"), [("refine", 36), ("upscale", 38), ("outpaint", 38)])
+def test_one_side_alone_keeps_the_proportions_of_the_picture(pipe: FlexVARPipeline, name: str, width: int) -> None:
+    assert pipe.edit_of(name, picture(0, 13, 19), height=24 if name == "refine" else 26).size == (24 if name == "refine" else 26, width)
+
+
+def test_an_edit_has_its_own_size(pipe: FlexVARPipeline) -> None:
+    with pytest.raises(ValueError, match="the edit draws 16 x 16 px; leave height and width out"):
+        pipe(0, edit=pipe.edit_of("inpaint", picture(), mask=half()), height=32)
 
 
 # -- pictures as they are given --
@@ -244,6 +287,14 @@ def test_every_form_of_a_picture_is_the_same() -> None:
     for form in (*forms, tensor, tensor[None], tensor / 255, [given]):
         assert torch.allclose(pictures_of(form), pictures_of(given), atol=1e-6)
     assert pictures_of([given, array]).shape == (2, 4, SIDE, SIDE)
+
+
+def test_a_path_is_a_picture(tmp_path: Path) -> None:
+    picture().save(tmp_path / "given.png")
+    for path in (tmp_path / "given.png", str(tmp_path / "given.png"), [tmp_path / "given.png"]):
+        assert torch.equal(pictures_of(path), pictures_of(picture()))
+    with pytest.raises(FileNotFoundError, match=r"there is no picture cat\.png: check the path"):
+        pictures_of("cat.png")
 
 
 def test_modes_and_turned_pictures(tmp_path: Path) -> None:
@@ -262,7 +313,7 @@ def test_modes_and_turned_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "complaint"),
     [
-        ("cat.png", "is a str; give a PIL picture"),
+        (3, "is a int; give a PIL picture, for example from PIL.Image.open, an array, a tensor or a path"),
         ([], "empty list"),
         ([np.zeros((4, 4, 3)), np.zeros((4, 6, 3))], "several sizes"),
         (np.full((4, 4, 3), 2.0), r"outside \[0, 1\]"),

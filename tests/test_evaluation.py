@@ -302,9 +302,12 @@ def test_a_model_is_scored_with_all_that_determines_it(model: Path, folder: Path
     pipe = FlexVARPipeline.from_pretrained(model)
     settings = {"num_inference_steps": 3, "guidance_scale": 1.5, "top_k": 20}
     alone = np.stack([np.asarray(pipe(i % 5, seed=3 + i, **settings).images[0]) for i in range(20)])
-    assert np.array_equal(np.load(tmp_path / "drawn.npz")["arr_0"], alone)
+    drawn = np.load(tmp_path / "drawn.npz")["arr_0"]
+    apart = np.abs(drawn.astype(int) - alone)  # convolutions of one picture and of seven may round the last bit of a float differently
+    assert apart.max() <= 1
+    assert apart.mean() < 1e-3
     files = sorted((tmp_path / "png").iterdir())
-    assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), alone)
+    assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), drawn)
 
     # The pictures that it wrote get the same scores as the model, from the .npz and from the folder.
     for source in (tmp_path / "drawn.npz", tmp_path / "png"):

@@ -6,6 +6,7 @@ import weakref
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import flexvar
 from flexvar import Guidance, Keep, Sampling, Schedule, Tokenizer, Transformer, generate
+from flexvar.arguments import seeds_of
 from flexvar.generation import draw_scales
 from flexvar.kv_cache import KeyValueCache
 from flexvar.sampling import choose
@@ -59,7 +61,7 @@ def test_pictures_are_decoded_only_when_asked_for(small_tokenizer: Tokenizer, sm
 def test_a_picture_depends_on_its_own_seed_and_label_alone(data, small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
     count = data.draw(st.integers(1, 5))
     labels = data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
-    seeds = data.draw(st.lists(st.integers(0, 2**40), min_size=count, max_size=count))
+    seeds = data.draw(st.lists(st.integers(0, 2**32 - 1), min_size=count, max_size=count))
     guidance = Guidance("ramp", data.draw(st.sampled_from([1.0, 3.0])))
     sampling = Sampling(top_k=data.draw(st.sampled_from([0, 7])), top_p=0.9, greedy="none")
     together = codes_of(small_tokenizer, small_transformer, labels, seeds, guidance=guidance, sampling=sampling)
@@ -107,6 +109,25 @@ def test_guidance_switched_off_halves_the_work(small_tokenizer: Tokenizer, small
     assert set(rows) == {2, 4}
 
 
+@pytest.mark.parametrize("kind", ["constant", "ramp", "official-ramp"])
+@pytest.mark.parametrize("split", [False, True])
+def test_without_a_class_there_is_nothing_to_guide(
+    small_tokenizer: Tokenizer, small_transformer: Transformer, monkeypatch: pytest.MonkeyPatch, kind: str, split: bool
+) -> None:
+    rows, plain = [], KeyValueCache.extend
+    monkeypatch.setattr(KeyValueCache, "extend", lambda self, block, k, v: (rows.append(len(k)), plain(self, block, k, v))[1])
+    drawing = small_tokenizer, small_transformer, [5, 5], [3, 4]
+    guidance = Guidance(kind, 3.0, split)  # type: ignore[arg-type]
+    quick = codes_of(*drawing, guidance=guidance)
+    assert sum(rows) == 2 * small_transformer.config.depth * len(SCHEDULE)
+    mixed = codes_of(small_tokenizer, small_transformer, [5, 5, 1], [3, 4, 6], guidance=guidance)
+    assert torch.equal(quick, mixed[:2])
+    rows.clear()
+    monkeypatch.setattr("flexvar.generation.needed_guidance", lambda guidance, *_: guidance)
+    assert torch.equal(quick, codes_of(*drawing, guidance=guidance))
+    assert sum(rows) > 2 * small_transformer.config.depth * len(SCHEDULE)  # both halves
+
+
 @pytest.mark.parametrize("schedule", [[3], [(2, 2), (2, 2), (2, 5)], [1, 6, 9]])
 def test_hand_made_schedules(small_tokenizer: Tokenizer, small_transformer: Transformer, schedule: list) -> None:
     codes = codes_of(small_tokenizer, small_transformer, [0], [1], schedule=schedule)
@@ -136,6 +157,28 @@ def test_labels_out_of_range(small_tokenizer: Tokenizer, small_transformer: Tran
 def test_seeds_of_the_wrong_length(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
     with pytest.raises(ValueError, match="2 seeds were given for 1 pictures"):
         next(generate(small_tokenizer, small_transformer, [0], SCHEDULE, seeds=[1, 2]))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 1.0, "1"])
+def test_seeds_of_the_wrong_kind(small_tokenizer: Tokenizer, small_transformer: Transformer, seed: object) -> None:
+    with pytest.raises(ValueError, match=r"a seed is .*; give (an integer|integers from 0 to 4294967295)"):
+        generate(small_tokenizer, small_transformer, [0], SCHEDULE, seeds=[seed])  # type: ignore[list-item]
+
+
+def test_every_kind_of_integer_is_a_seed(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    expected = codes_of(small_tokenizer, small_transformer, [0, 1], [3, 4])
+    for seeds in (np.array([3, 4]), torch.tensor([3, 4]), [np.int64(3), torch.tensor(4)], range(3, 5), 3):
+        assert torch.equal(codes_of(small_tokenizer, small_transformer, [0, 1], seeds), expected)  # type: ignore[arg-type]
+
+
+def test_seeds_that_are_drawn_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = [number for _ in range(50) for number in seeds_of(None, 3)]
+    assert 0 <= min(drawn) < max(drawn) < 2**32
+    assert max(drawn) > 2**31
+    monkeypatch.setattr(torch, "randint", lambda high, shape: torch.full(shape, high - 1))
+    last = seeds_of(None, 3)
+    assert len(set(last)) == 3
+    assert max(last) < 2**32
 
 
 def test_a_cache_too_small_says_so() -> None:

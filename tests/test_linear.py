@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from flexvar import FlexVARPipeline, Tokenizer, Transformer, linear
+from flexvar import FlexVARPipeline, Tokenizer, Transformer, TransformerConfig, linear
 from flexvar.checkpoint import Defaults, Model, save
 from flexvar.cli import main
 from flexvar.linear import Int8Linear, PackedLinear, can_pack, integer_product, to_int8
@@ -78,6 +78,19 @@ def test_sums_are_exact() -> None:
     torch.manual_seed(0)
     rows, weight = (torch.randint(-127, 128, (n, 4096), dtype=torch.int8) for n in (3, 16))
     assert torch.equal(integer_product(rows, weight), (rows.long() @ weight.long().T).int())
+
+
+def test_the_products_that_are_tried_are_those_of_the_layers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    monkeypatch.setattr(linear, "integer_product", lambda rows, weight: (shapes.append(weight.shape), rows.int() @ weight.int().T)[1])
+    to_int8(model.transformer)
+    assert {tuple(shape) for shape in shapes} == {(96, 32), (32, 32), (128, 32), (32, 128)}
+
+
+def test_sides_that_cuda_does_not_take_are_told() -> None:
+    config = TransformerConfig(depth=1, width=20, heads=2, classes=2, codebook_size=8, code_width=4, trained_grid=2)
+    with pytest.raises(ValueError, match="need sides that are multiples of 8, and one is 60 x 20; draw without them"):
+        to_int8(Transformer(config))
 
 
 def test_a_processor_whose_sums_overflow_is_told(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from flexvar.accounting import plan
 from flexvar.checkpoint import Defaults, Model
 from flexvar.cli import main
 from flexvar.memory import Drawing, free_memory, is_out_of_memory
+from flexvar.processes import kept_memory
 
 MEBIBYTE = 2**20
 
@@ -107,8 +109,84 @@ def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"mem_get_info": (5, 90), "memory_reserved": 30, "memory_allocated": 20}.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert free_memory(torch.device("cuda")) == 15
-    monkeypatch.setattr(memory, "Path", lambda _: Path("nowhere"))  # a machine without /proc
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 50)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 20)
+    assert free_memory(torch.device("mps")) == 30
+    monkeypatch.setattr(memory, "PROC", Path("nowhere"))  # a machine without /proc
     assert 0 < free_memory(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "used"),
+    [
+        ("0::/", ".", "memory.max", "memory.current"),  # v2, as a container sees itself
+        ("0::/user.slice/job/worker", "user.slice/job", "memory.max", "memory.current"),  # v2, a limit above the process's own group
+        ("7:memory:/docker/abc", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),  # v1, as a container sees itself
+        ("7:memory:/jobs/3", "memory/jobs/3", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
+)
+def test_limits_of_containers_count(line: str, folder: str, limit: str, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc, group = tmp_path / "proc", tmp_path / "groups" / folder
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text(f"11:cpu,cpuacct:/a:b\n{line}\n")
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   1000 kB\n")
+    group.mkdir(parents=True)
+    (group / used).write_text("300000\n")
+    (group / "memory.stat").write_text("cache 7\ninactive_file 50000\nactive_file 9\n")
+    for name, folder_of_it in (("PROC", proc), ("GROUPS", tmp_path / "groups")):
+        monkeypatch.setattr(memory, name, folder_of_it)
+    monkeypatch.setattr(memory, "kept_memory", lambda: 7)
+    for most, left in (("500000", 250000), ("max", 1024000), ("9223372036854771712", 1024000), ("300000", 50000)):
+        (group / limit).write_text(f"{most}\n")
+        assert free_memory(torch.device("cpu")) == left + 7
+
+
+def test_memory_that_the_c_library_keeps_is_free() -> None:
+    before = kept_memory()
+    several = [torch.ones(2**12) for _ in range(2000)]  # each too small for a mapping of its own
+    held = kept_memory()
+    last = torch.ones(1)  # above them, so that they are not given back
+    del several
+    assert before >= 0
+    assert kept_memory() - held > 2**24 or sys.platform != "linux"
+    assert last.item() == 1
+
+
+def test_a_cpu_refuses_what_cannot_fit_before_it_tries(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = needs(pipe._drawing(Schedule.for_grid(16, 16, 6, 4), 1, pipe.defaults.guidance))
+    settings = {"height": 64, "width": 64, "seed": 0, "num_inference_steps": 6}
+    monkeypatch.setattr(memory, "free_memory", lambda device: need)
+    pipe("a", **settings)
+    monkeypatch.setattr(memory, "free_memory", lambda device: need - 1)
+    monkeypatch.setattr("flexvar.pipeline.generate", lambda *_, **__: pytest.fail("it was tried"))
+    monkeypatch.setattr(Tokenizer, "features", lambda *_: pytest.fail("it was tried"))
+    image, whole = Image.new("L", (64, 64)), {"num_inference_steps": 6, "max_pixels": 64**2}
+    for draw in (lambda: pipe("a", **settings), lambda: pipe.stream("a", **settings), lambda: pipe.refine(image, 1, "a", **whole)):
+        with pytest.raises(MemoryError, match=r"a picture of 64 x 64 px; \d+ x \d+ px would fit"):
+            draw()
+    with pytest.raises(MemoryError, match="a picture of 128 x 128 px"):
+        pipe.reconstruct(Image.new("L", (128, 128)))
+
+
+def test_a_batch_of_our_choice_is_halved_where_it_does_not_fit(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, settings = list("abcdeab"), {"seed": 3, "output_type": "pt"}
+    expected, sizes, plain = pipe(labels, **settings, batch_size=1).images, [], Tokenizer.decode
+    most = 2
+
+    def decode(self: Tokenizer, codes: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(codes))
+        if len(codes) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return plain(self, codes)
+
+    monkeypatch.setattr(Tokenizer, "decode", decode)
+    assert torch.allclose(pipe(labels, **settings).images, expected, atol=1e-5)
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    with pytest.raises(MemoryError, match="not enough memory for 3 pictures"):  # a size of the caller's choice is kept
+        pipe(labels, **settings, batch_size=3)
+    most = 0
+    with pytest.raises(MemoryError, match="not enough memory for a picture"):
+        pipe(labels, **settings)
 
 
 def test_as_many_are_drawn_at_the_same_time_as_fit(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +196,7 @@ def test_as_many_are_drawn_at_the_same_time_as_fit(pipe: FlexVARPipeline, monkey
     sizes, draw = [], generation.generate
     monkeypatch.setattr("flexvar.pipeline.generate", lambda *given, **named: (sizes.append(len(given[2])), draw(*given, **named))[1])
     enough = math.ceil(two / memory.SHARE_TO_FILL)
-    for free, expected in ((enough, [2, 2, 1]), (two, [1] * 5), (0, [1] * 5), (None, [5])):
+    for free, expected in ((enough, [2, 2, 1]), (two, [1] * 5), (None, [5])):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         sizes.clear()
         assert torch.allclose(pipe(list("abcde"), **settings).images, together, atol=1e-5)
@@ -128,6 +206,7 @@ def test_as_many_are_drawn_at_the_same_time_as_fit(pipe: FlexVARPipeline, monkey
 def test_what_is_drawn_and_decoded_fails_in_one_line(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     free = needs(pipe._drawing(Schedule.for_grid(16, 16, 6, 4), 1, Guidance("constant", 2.0)))
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    monkeypatch.setattr(Drawing, "refuse_what_cannot_fit", lambda self: None)  # as on a GPU
     words = r"not enough memory for 2 pictures of 64 x 64 px at a time; \d+ x \d+ px or 1 at a time would fit"
     settings = {"height": 64, "width": 64, "seed": 0, "num_inference_steps": 6}
 
@@ -172,8 +251,9 @@ def test_what_failed_is_freed_before_the_free_memory_is_read(pipe: FlexVARPipeli
 
     monkeypatch.setattr(Tokenizer, "decode", decode)
     monkeypatch.setattr(memory, "free_memory", free)
+    monkeypatch.setattr(Drawing, "refuse_what_cannot_fit", lambda self: None)
     with pytest.raises(MemoryError, match="not enough memory"):
-        pipe("a", seed=0)
+        pipe("a", seed=0, batch_size=1)
 
 
 def test_other_errors_pass_as_they_are(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

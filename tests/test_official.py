@@ -4,6 +4,8 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -11,9 +13,9 @@ from random import Random
 import pytest
 import torch
 
-from flexvar import FlexVARPipeline, zoo
+from flexvar import FlexVARPipeline, TokenizerConfig, TransformerConfig, zoo
 from flexvar.cli import main
-from flexvar.official import read_released, tokenizer_from_released, transformer_from_released
+from flexvar.official import check_returnable, read_released, tokenizer_from_released, transformer_from_released
 from golden import weights
 
 
@@ -57,29 +59,69 @@ def test_convert_and_back(released: Path, tmp_path: Path, capsys) -> None:
     assert all(torch.equal(tokenizer[name], tensor) for name, tensor in weights.tokenizer_tensors().items())
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "transformer", "words"),
+    [
+        ({"multipliers": (1, 1, 2, 4)}, {}, "multipliers is (1, 1, 2, 4) instead of (1, 1, 2, 2, 4)"),
+        ({"channels": 64, "norm_groups": 16}, {}, "channels is 64 instead of 128, norm_groups is 16 instead of 32"),
+        ({}, {"width": 256}, "width is 256 instead of 192, heads is 4 instead of 3"),
+        ({}, {"mlp_ratio": 2.0}, "mlp_ratio is 2.0 instead of 4.0"),
+        ({}, {"table_side": 16}, "table_side is 16 instead of 32"),
+        ({"code_width": 8}, {"code_width": 8}, "code_width is 8 instead of 32"),
+    ],
+)
+def test_what_the_released_code_cannot_build_does_not_go_back(tokenizer: dict, transformer: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        check_returnable(TokenizerConfig(**tokenizer), TransformerConfig(3, **transformer))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_released_code_can_be_told_goes_back() -> None:
+    told = {"classes": 7, "codebook_size": 99, "shared_modulation": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_returnable(TokenizerConfig(codebook_size=99), TransformerConfig(5, **told))
+    with pytest.warns(UserWarning, match="by area only: above 512 px it draws otherwise"):
+        check_returnable(TokenizerConfig(), TransformerConfig(5, positions="smooth"))
+
+
+def test_the_bundled_model_does_not_go_back(tmp_path: Path, capsys) -> None:
+    assert main(["convert", "--back", "emoji", str(tmp_path / "back")]) == 2
+    error = capsys.readouterr().err
+    assert "the released code cannot build this model" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "back").exists()
+
+
 def test_a_released_name_is_fetched_converted_once_and_kept(released: Path, tmp_path: Path, monkeypatch) -> None:
-    asked = []
+    asked, hub = [], tmp_path / "hub"
+    hub.mkdir()
+    files = {"tokenizer": hub / "FlexVAE.pth", "transformer": hub / "FlexVARd16-epo179.pth"}
+    for path, source in zip(files.values(), ("FlexVAE.pth", "bare.pth"), strict=True):
+        shutil.copy(released / source, path)
 
-    def stand_in(repository: str, file: str) -> str:
-        asked.append((repository, file))
-        return str(released / ("FlexVAE.pth" if file == "FlexVAE.pth" else "bare.pth"))
+    def stand_in(repository: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, *allow_patterns))
+        return str(hub)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", stand_in)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", stand_in)
     monkeypatch.setenv("FLEXVAR_CACHE", str(tmp_path))
     for _ in range(2):
         assert FlexVARPipeline.from_pretrained("flexvar-d16").transformer.config.depth == 2
-    assert asked == [("jiaosiyu1999/FlexVAR", "FlexVAE.pth"), ("jiaosiyu1999/FlexVAR", "FlexVARd16-epo179.pth")]
+    assert asked == [("jiaosiyu1999/FlexVAR", "FlexVAE.pth", "FlexVARd16-epo179.pth")]
     seen = json.loads((tmp_path / "flexvar-d16" / "config.json").read_text())["provenance"]["converted from"]
-    files = {"tokenizer": released / "FlexVAE.pth", "transformer": released / "bare.pth"}
+    with pytest.raises(ValueError, match=r"jiaosiyu1999/FlexVAR gave no FlexVARd20-epo249\.pth"):
+        FlexVARPipeline.from_pretrained("flexvar-d20")
     assert seen == {part: {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for part, file in files.items()}
 
 
 def test_a_fetched_file_is_compared_with_what_is_known(tmp_path: Path, monkeypatch) -> None:
-    def stand_in(repository: str, file: str) -> str:
-        (tmp_path / file).write_bytes(file.encode())
-        return str(tmp_path / file)
+    def stand_in(repository: str, allow_patterns: list[str]) -> str:
+        for file in allow_patterns:
+            (tmp_path / file).write_bytes(file.encode())
+        return str(tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", stand_in)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", stand_in)
     names = zoo.RELEASED_TOKENIZER, zoo.RELEASED["flexvar-d20"].file
     for file in names:
         monkeypatch.setitem(zoo.SHA256, file, hashlib.sha256(file.encode()).hexdigest())

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import inspect
+import pydoc
 import warnings
 from pathlib import Path
 
@@ -113,7 +115,10 @@ def test_unknown_labels(pipe: FlexVARPipeline, label, words: str) -> None:
         ({"height": 0, "width": 16}, "height 0 is not a multiple"),
         ({"height": 16.5}, "a side is 16.5; give an integer"),
         ({"seed": 1.5}, "give an integer|not iterable"),
-        ({"seed": 2**64}, "too large"),
+        ({"seed": 2**64}, "a seed is 18446744073709551616; give integers from 0 to 4294967295"),
+        ({"seed": -1}, "a seed is -1; give integers from 0 to 4294967295"),
+        ({"seed": 2**32}, "a seed is 4294967296; give integers from 0"),
+        ({"seed": [1.0]}, "a seed is 1.0; give an integer"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 2.5}, "batch_size is 2.5; give an integer"),
         ({"guidance_scale": "2"}, "the guidance scale is '2'"),
@@ -125,6 +130,37 @@ def test_unknown_labels(pipe: FlexVARPipeline, label, words: str) -> None:
 def test_bad_settings(pipe: FlexVARPipeline, settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         pipe(0, **settings)
+
+
+@pytest.mark.parametrize("method", ["__call__", "stream", "refine"])
+def test_a_mistyped_keyword_is_told_with_the_closest_one(pipe: FlexVARPipeline, method: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{method}\(\) takes no keyword 'heigth'; did you mean 'height'\?$"):
+        getattr(pipe, method)(Image.new("RGB", (16, 16)), heigth=16)
+    with pytest.raises(TypeError, match=rf"^{method}\(\) takes no keyword 'guidance_scal'; did you mean 'guidance_scale'\?$"):
+        getattr(pipe, method)(0, guidance_scal=2.0)
+
+
+def test_help_shows_every_keyword(pipe: FlexVARPipeline) -> None:
+    settings = ["num_inference_steps", "guidance_scale", "top_k", "temperature", "seed"]
+    for method, own in (("__call__", ["batch_size", "height"]), ("stream", ["edit"]), ("outpaint", ["anchor", "batch_size"])):
+        assert {*settings, *own} <= set(inspect.signature(getattr(pipe, method)).parameters)
+        assert "temperature" in pydoc.render_doc(getattr(FlexVARPipeline, method))
+
+
+def test_warnings_come_once_and_point_at_the_line_that_asked(pipe: FlexVARPipeline) -> None:
+    for draw in (pipe, pipe.stream):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            draw([0, 1, 2], num_inference_steps=9, seed=0, **({"batch_size": 1} if draw is pipe else {}))
+        (warning,) = caught
+        assert warning.filename == __file__
+
+
+def test_one_side_keeps_the_proportions_of_the_models_size(pipe: FlexVARPipeline) -> None:
+    wide = FlexVARPipeline(dataclasses.replace(pipe.model, defaults=dataclasses.replace(pipe.defaults, height=8, width=16)))
+    assert wide(0, height=16, seed=0).images[0].size == (32, 16)
+    assert wide(0, width=8, seed=0).images[0].size == (8, 4)
+    assert wide(0, height=20, seed=0).images[0].size == (40, 20)
 
 
 def test_one_side_means_a_square_and_the_default_is_silent(pipe: FlexVARPipeline) -> None:
@@ -227,6 +263,19 @@ def test_reconstruct(pipe: FlexVARPipeline) -> None:
         pipe.reconstruct(picture, height="8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the image has 5 x 0 pixels"):
         pipe.reconstruct(Image.new("RGB", (0, 5)))
+    assert pipe.reconstruct(picture, height=12).images[0].size == (20, 12)  # the width follows the picture
+
+
+def test_reconstruct_takes_every_form_of_a_picture(pipe: FlexVARPipeline, tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (21, 37, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "given.png")
+    expected = pipe.reconstruct(Image.fromarray(array), output_type="pt").images
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    for form in (array, tensor, tensor[None] / 255, tmp_path / "given.png", [array]):
+        assert torch.equal(pipe.reconstruct(form, output_type="pt").images, expected)
+    both = pipe.reconstruct([array, array[:, ::-1].copy()], output_type="pt").images
+    assert torch.allclose(both[0], expected[0], atol=1e-5)
+    assert both.shape == (2, 3, 20, 36)
 
 
 def test_a_tokenizer_alone_is_no_pipeline(small_tokenizer: Tokenizer) -> None:
@@ -251,14 +300,19 @@ def test_a_turned_photograph_is_reconstructed_upright(pipe: FlexVARPipeline, tmp
     exif[0x0112] = 6
     Image.new("RGB", (40, 24), "red").save(tmp_path / "turned.jpg", exif=exif)
     assert pipe.reconstruct(Image.open(tmp_path / "turned.jpg")).images[0].size == (24, 40)
-    with pytest.raises(ValueError, match="the image is a str; give a PIL picture"):
-        pipe.reconstruct("turned.jpg")  # type: ignore[arg-type]
+    assert pipe.reconstruct(tmp_path / "turned.jpg").images[0].size == (24, 40)
+    with pytest.raises(FileNotFoundError, match=r"there is no picture turned\.jpg: check the path"):
+        pipe.reconstruct("turned.jpg")
 
 
 def test_to_takes_a_dtype_alone(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
     model = Model(copy.deepcopy(small_tokenizer), copy.deepcopy(small_transformer), NAMES)
     half = FlexVARPipeline(model).to("cpu", torch.bfloat16).to(torch.bfloat16)
     assert half.transformer.head.weight.dtype == torch.bfloat16
+    assert (half.device, half.dtype) == (torch.device("cpu"), torch.bfloat16)
+    whole = half.to(device="cpu", dtype=torch.float32)
+    assert (whole.dtype, whole.tokenizer.after_codes.weight.dtype, whole.precision) == (torch.float32, torch.float32, "float32")
+    assert whole.to(torch.float64, device="cpu").dtype == torch.float64
 
 
 def test_classes_without_names_are_called_by_their_number(pipe: FlexVARPipeline) -> None:

@@ -65,7 +65,16 @@ def test_wrong_guidance(scale: object) -> None:
         Guidance("linear", 2.0)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("stop", [-1, 2.0, "3", torch.tensor(2.5)])
+def test_wrong_stops_of_guidance(stop: object) -> None:
+    with pytest.raises(ValueError, match=r"guidance stops after .* scales; give how many"):
+        Guidance("ramp", 2.0, stop=stop)  # type: ignore[arg-type]
+
+
 def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    for stop in (np.int64(2), torch.tensor(2)):
+        assert repr(Guidance("ramp", 2.0, stop=stop)) == repr(Guidance("ramp", 2.0, stop=2))  # type: ignore[arg-type]
+    assert hash(Sampling(torch.tensor(3))) == hash(Sampling(3))  # type: ignore[arg-type]
     assert Guidance("ramp", np.float32(2)).scale == Guidance("ramp", torch.tensor(2.0)).scale == 2.0  # type: ignore[arg-type]
     given = Sampling(np.int64(3), np.float32(0.5), torch.tensor(1.0), np.array([2, 4]))  # type: ignore[arg-type]
     assert given == Sampling(3, 0.5, 1.0, (2, 4))

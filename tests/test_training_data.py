@@ -144,8 +144,7 @@ def tokenizer(tmp_path_factory) -> Path:
 def cache_config(folder: Path, tokenizer: Path, data: str = "{kind: shapes, views: 3}") -> list[str]:
     path = folder / "cache.yaml"
     path.write_text(
-        f"out: {folder / 'cache'}\ntokenizer: {tokenizer}\nviews: 3\nbatch: 4\nshard: 8\nsizes: [[16, 16], [16, 24]]\n"
-        f"data: {data}\n"
+        f"out: {folder / 'cache'}\ntokenizer: {tokenizer}\nviews: 3\nbatch: 4\nshard: 8\nsizes: [[16, 16], [16, 24]]\ndata: {data}\n"
     )
     return ["cache", str(path)]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flexvar.writing import write_whole
+from flexvar.writing import write_together, write_whole, write_whole_folder
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
@@ -44,3 +44,74 @@ def test_a_kill_while_saving_leaves_the_old_file(tmp_path: Path) -> None:
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)]).returncode == -signal.SIGKILL
     assert path.read_text() == "old"
+
+
+def test_files_that_belong_together_are_all_old_or_all_new(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    write_together({one: lambda path: path.write_text("old"), two: lambda path: path.write_text("old")})
+
+    def fail(beside: Path) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with pytest.raises(OSError, match=r"two could not be written \(Disk quota exceeded\); make room"):
+        write_together({one: lambda path: path.write_text("new"), two: fail})
+    assert (one.read_text(), two.read_text(), sorted(os.listdir(tmp_path))) == ("old", "old", ["one", "two"])
+
+
+def test_no_two_writers_choose_the_same_name(tmp_path: Path) -> None:
+    """Not even those with the same process number, on two machines that share a disk."""
+    names = []
+    for _ in range(3):
+        write_whole(tmp_path / "state", lambda beside: names.append(beside.name))
+    assert len(set(names)) == 3
+
+
+def test_the_umask_decides_who_may_read_a_file_and_is_left_alone(tmp_path: Path, monkeypatch) -> None:
+    def write(beside: Path) -> None:
+        beside.unlink()
+        beside.touch(0o600)  # as writers do that rename a file of their own
+
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", lambda mask: pytest.fail("the umask is the whole process's"))
+            write_whole(tmp_path / "state", write)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o640
+
+
+def fill_folder(folder: Path) -> int:
+    folder.mkdir()
+    (folder / "new").write_text("new")
+    return 7
+
+
+def interrupted(folder: Path) -> None:
+    fill_folder(folder)
+    raise KeyboardInterrupt
+
+
+def test_a_folder_is_replaced_as_a_whole_or_left_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "above" / "folder"
+    with pytest.raises(KeyboardInterrupt):
+        write_whole_folder(folder, interrupted)
+    assert os.listdir(folder.parent) == []
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        write_whole_folder(folder, interrupted)
+    assert os.listdir(folder) == ["old"]
+    assert write_whole_folder(folder, fill_folder) == 7
+    assert (os.listdir(folder), os.listdir(folder.parent)) == (["new"], ["folder"])
+
+
+def test_a_folder_in_which_someone_is_is_not_replaced(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    for folder in (Path(), tmp_path, Path("/")):
+        with pytest.raises(OSError, match="is in use and cannot be replaced as a whole; name a folder in it"):
+            write_whole_folder(folder, fill_folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="could not be made"):
+        write_whole_folder(tmp_path / "file" / "folder", fill_folder)

@@ -72,11 +72,20 @@ def newest_state(run: Path) -> dict:
     return torch.load(sorted((run / "checkpoints").glob("*.pt"))[-1], weights_only=True)
 
 
+def assert_equal(one: object, two: object, what: str) -> None:
+    """Tensors, numbers, and tables of them."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), what
+        for name in one:
+            assert_equal(one[name], two[name], f"{what}: {name}")
+    else:
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, what
+
+
 def assert_same_end(one: Path, two: Path) -> None:
     """Two runs whose weights, averages and losses are equal, bit for bit."""
     first, second = newest_state(one), newest_state(two)
     for part in ("workshop", "average"):
-        for name, tensor in first[part].items():
-            assert torch.equal(tensor, second[part][name]), f"{part}: {name}"
+        assert_equal(first[part], second[part], part)
     assert [report["loss"] for report in reports(one)] == [report["loss"] for report in reports(two)]
     assert [line["measured"] for line in measurements(one)] == [line["measured"] for line in measurements(two)]

@@ -1,20 +1,33 @@
-"""What callers hand over: integers, seeds, one value or several, of Python, NumPy or torch."""
+"""What callers hand over: integers, seeds, sides, keywords; one value or several, of Python, NumPy or torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from functools import wraps
+from inspect import Parameter, signature
 from operator import index
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed a picture: an integer s means s, s + 1, ... by position; None draws them. ValueError for another number or no integers."""
+SEEDS = 2**32
+"""How many there are: torch's generator reads 32 bits of a seed, so that every other one would draw the same as one of these."""
+
+
+def seeds_of(seed: int | Sequence[int] | Tensor | None, count: int) -> list[int]:
+    """One seed a picture: an integer s means s, s + 1, ... by position; None draws s.
+
+    ValueError for another number of them, and for anything but integers from 0 to 2**32 - 1.
+    """
     if seed is None:
-        return [int(number) for number in torch.randint(2**31, (count,))]
+        seed = int(torch.randint(SEEDS - count + 1, ()))
     if is_single(seed):
         first = whole_number(seed, "a seed")
         seeds = [first + i for i in range(count)]
@@ -22,9 +35,25 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
         seeds = [whole_number(number, "a seed") for number in items(seed)]
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds were given for {count} pictures; give one a picture, or a single integer")
-    if not all(-(2**63) <= number < 2**63 for number in seeds):
-        raise ValueError("a seed is too large; give integers of at most 63 bits")
+    for number in seeds:
+        if not 0 <= number < SEEDS:
+            raise ValueError(f"a seed is {number}; give integers from 0 to {SEEDS - 1}")
     return seeds
+
+
+def both_sides(height: int | None, width: int | None, own: tuple[int, int], multiple: int = 1) -> tuple[int, int]:
+    """Height and width in pixels. One that is left out follows the proportions of `own`, to the nearest multiple; both, and it is `own`."""
+    if height is None and width is None:
+        return own
+    height, width = (None if side is None else whole_number(side, "a side") for side in (height, width))
+
+    def following(side: int | None, along: int, across: int) -> int:
+        return max(multiple, round((side or 0) * across / along / multiple) * multiple)
+
+    return (
+        following(width, own[1], own[0]) if height is None else height,
+        following(height, own[0], own[1]) if width is None else width,
+    )
 
 
 def is_single(value: Any) -> bool:
@@ -43,3 +72,43 @@ def whole_number(value: Any, what: str) -> int:
         return index(value)
     except TypeError as error:
         raise ValueError(f"{what} is {value!r}; give an integer") from error
+
+
+def takes(settings: type) -> Callable[[F], F]:
+    """For a method with `**settings: Unpack[...]` of this TypedDict: `help` shows its keywords one by one, and others are refused."""
+
+    def decorated(method: F) -> F:
+        own = signature(method)
+        named = [parameter for parameter in own.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
+        more = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=getattr(kind, "__forward_arg__", kind))
+            for name, kind in settings.__annotations__.items()
+        ]
+        taken = [parameter.name for parameter in (*named[1:], *more)]
+
+        @wraps(method)
+        def checked(*arguments: Any, **keywords: Any) -> Any:
+            refuse_unknown(method.__name__, keywords, taken)
+            return method(*arguments, **keywords)
+
+        checked.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+        return cast(F, checked)
+
+    return decorated
+
+
+def refuse_unknown(called: str, keywords: Iterable[str], taken: Sequence[str]) -> None:
+    """TypeError, in one line with the closest name, for a keyword that is not taken."""
+    for name in keywords:
+        if name not in taken:
+            close = get_close_matches(name, taken, 1)
+            mend = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(taken)}"
+            raise TypeError(f"{called}() takes no keyword {name!r}; {mend}")
+
+
+def warn(message: str) -> None:
+    """A warning that points at the line outside of this package that led to it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "flexvar":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

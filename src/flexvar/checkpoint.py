@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from flexvar.checks import check_whole_numbers
 from flexvar.sampling import Guidance, Sampling
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
 from flexvar.transformer import Transformer, TransformerConfig
 from flexvar.weights import fill
-from flexvar.writing import write_whole
+from flexvar.writing import Write, make_folder, write_together
 
 FORMAT = 1
 CONFIG, TOKENIZER, TRANSFORMER = "config.json", "tokenizer.safetensors", "transformer.safetensors"
 
 D = TypeVar("D")
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,15 @@ class _Config:
     defaults: Defaults
     provenance: dict[str, Any]
     aliases: dict[str, str]
+    digests: dict[str, str]  # by file, of its weights; the file says it too, so that files of two saves are not taken for one model
 
     def __post_init__(self) -> None:
         if not isinstance(self.class_names, tuple) or not all(isinstance(name, str) for name in self.class_names):
             raise ValueError("class_names is not a list of names; give one name for each class, or [] for none")
         if not isinstance(self.provenance, dict):
             raise ValueError("provenance is not a table; give {} where nothing is known")
+        if not isinstance(self.digests, dict):
+            raise ValueError("digests is not a table of weight files and what they say of themselves; give {} where nothing is known")
         if not isinstance(self.aliases, dict):
             raise ValueError("aliases is not a table of other names and the classes they stand for; give {} for none")
         if self.transformer is not None:
@@ -88,7 +92,7 @@ class _Config:
 
 
 def save(model: Model, folder: Path | str, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
-    """Writes a model folder. Every file is written under another name and put in place when it is complete.
+    """Writes a model folder. All files are written under other names and put in place when they are complete, config.json last.
 
     Raises FileExistsError when the folder holds a model, or a file of one, and `overwrite` is not set; ValueError when the model's parts
     do not belong together.
@@ -96,7 +100,11 @@ def save(model: Model, folder: Path | str, *, dtype: torch.dtype = torch.float32
     folder = Path(folder)
     there = [name for name in (CONFIG, TOKENIZER, TRANSFORMER) if (folder / name).exists()]
     if there and not overwrite:
-        raise FileExistsError(f"{folder} holds a model already ({', '.join(there)}); choose another folder or ask for overwriting")
+        raise FileExistsError(f"{folder} holds a model already ({', '.join(there)}); choose another folder, or allow it with --overwrite")
+    weights = {TOKENIZER: _tensors(model.tokenizer, dtype)} | (
+        {TRANSFORMER: _tensors(model.transformer, dtype)} if model.transformer else {}
+    )
+    digests = {name: _digest(tensors) for name, tensors in weights.items()}
     config = _Config(
         tokenizer=model.tokenizer.config,
         transformer=model.transformer.config if model.transformer else None,
@@ -104,13 +112,17 @@ def save(model: Model, folder: Path | str, *, dtype: torch.dtype = torch.float32
         defaults=model.defaults,
         provenance=dict(model.provenance),
         aliases=dict(model.aliases),
+        digests=digests,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_weights(model.tokenizer, folder / TOKENIZER, dtype)
-    if model.transformer:
-        _save_weights(model.transformer, folder / TRANSFORMER, dtype)
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2, ensure_ascii=False) + "\n"
-    write_whole(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    writes: dict[Path, Write] = {
+        folder / name: partial(save_file, tensors, metadata={"digest": digests[name]}) for name, tensors in weights.items()
+    }
+    writes[folder / CONFIG] = lambda path: path.write_text(text, encoding="utf-8")
+    make_folder(folder)
+    write_together(writes)
+    if not model.transformer:
+        (folder / TRANSFORMER).unlink(missing_ok=True)  # of the model before
 
 
 def load(folder: Path | str) -> Model:
@@ -120,25 +132,28 @@ def load(folder: Path | str) -> Model:
     """
     folder = Path(folder)
     config = _read_config(folder)
+    model = _empty(config)
+    _load_weights(model.tokenizer, folder / TOKENIZER, config)
+    if model.transformer:
+        _load_weights(model.transformer, folder / TRANSFORMER, config)
+    return model
+
+
+def load_empty(folder: Path | str) -> Model:
+    """A model folder without its weights: the networks are on the meta device."""
+    return _empty(_read_config(Path(folder)))
+
+
+def _empty(config: _Config) -> Model:
     with torch.device("meta"):
-        tokenizer = Tokenizer(config.tokenizer)
-        transformer = Transformer(config.transformer) if config.transformer else None
-    return Model(
-        tokenizer=_load_weights(tokenizer, folder / TOKENIZER),
-        transformer=_load_weights(transformer, folder / TRANSFORMER) if transformer else None,
-        class_names=config.class_names,
-        defaults=config.defaults,
-        provenance=config.provenance,
-        aliases=config.aliases,
-    )
-
-
-def load_configs(folder: Path | str) -> tuple[TokenizerConfig, TransformerConfig]:
-    """The shapes of a model folder's networks, without their weights. ValueError when it holds a tokenizer only."""
-    config = _read_config(Path(folder))
-    if config.transformer is None:
-        raise ValueError(f"{folder} holds a tokenizer only; train a transformer on it first")
-    return config.tokenizer, config.transformer
+        return Model(
+            tokenizer=Tokenizer(config.tokenizer),
+            transformer=Transformer(config.transformer) if config.transformer else None,
+            class_names=config.class_names,
+            defaults=config.defaults,
+            provenance=config.provenance,
+            aliases=config.aliases,
+        )
 
 
 def _read_config(folder: Path) -> _Config:
@@ -158,6 +173,7 @@ def _read_config(folder: Path) -> _Config:
             defaults=Defaults(guidance=guidance, sampling=sampling, **defaults),
             provenance=config["provenance"],
             aliases=config.get("aliases", {}),  # folders written before there were any have none
+            digests=config.get("digests", {}),  # nor digests
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); write the folder again") from error
@@ -165,16 +181,28 @@ def _read_config(folder: Path) -> _Config:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _save_weights(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()}
-    write_whole(path, lambda beside: save_file(tensors, beside))
+def _tensors(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
 
 
-def _load_weights(module: M, path: Path) -> M:
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes, dtypes and values: the same weights have the same one, and so the same file."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _load_weights(network: nn.Module, path: Path, config: _Config) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; the model folder is not complete")
+        raise FileNotFoundError(f"{path} is missing, so the model folder is not complete; copy or fetch it again")
     try:
-        return fill(module, load_file(path))
+        with safe_open(path, "pt") as file:
+            digest = (file.metadata() or {}).get("digest")
+        if digest not in (None, config.digests.get(path.name)):
+            raise ValueError(f"this is not the file that was saved with {CONFIG}; save, copy or fetch the folder again as a whole")
+        fill(network, load_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); copy or fetch it again") from error
     except ValueError as error:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from threading import Lock
-from typing import TypeAlias
+from threading import RLock
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from flexvar.transformer import Transformer
 MOST_RECORDINGS = 4
 """Each holds the memory of its whole drawing. Before a fifth is made all go: dropping one takes memory from the others in torch 2.13."""
 
+T = TypeVar("T")
+
 Work: TypeAlias = Callable[[], list[Tensor]]
 Record: TypeAlias = Callable[[Work], tuple[list[Tensor], Callable[[], None]]]
 
@@ -36,7 +38,7 @@ Record: TypeAlias = Callable[[Work], tuple[list[Tensor], Callable[[], None]]]
 def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     """Prepares both networks for the device that they are on, for good; gives the way to draw with them. On MPS nothing changes.
 
-    Raises ModuleNotFoundError on CUDA without Triton.
+    On a CPU this sets the C library of the whole process (`keep_memory`). Raises ModuleNotFoundError on CUDA without Triton.
     """
     device = transformer.head.weight.device.type
     if device == "cpu":
@@ -99,22 +101,29 @@ class Recorded:
     """Draws by recordings: one for each schedule, guidance, sampling and batch. A scale is given out when all are drawn.
 
     A smaller batch takes the recording of one up to twice as large. What is kept of given pictures changes from call to call: edits take
-    the plain loop. Threads take turns.
+    the plain loop. Threads take turns, and so do their streams. Where memory runs out, all recordings go and it is tried once more.
     """
 
     def __init__(self, record: Record, choose: Choose, decode: Callable[[Tensor], Tensor]) -> None:
         self.record, self.choose, self.decode = record, choose, decode
         self.recordings: dict[tuple[Schedule, Guidance, Sampling, int], Recording] = {}
-        self.turn = Lock()
+        self.turn = RLock()
+        self.done: torch.cuda.Event | None = None  # the latest drawing, on whichever stream: the next one fills the same tensors
 
     @torch.no_grad()
     def __call__(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Iterator[Step]:
         if request.keep is not None:
-            yield from draw_scales(tokenizer, transformer, request, self.choose)
+            for step in self._making_room(lambda: list(draw_scales(tokenizer, transformer, request, self.choose))):
+                yield replace(step, decode=lambda codes: self._making_room(lambda: tokenizer.decode(codes)))
             return
         device = request.numbers.device
         with self.turn, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            *codes, images = self._recording(tokenizer, transformer, request).run(request.labels, request.numbers)
+            recording = self._recording(tokenizer, transformer, request)
+            if self.done is not None:
+                self.done.wait()
+            *codes, images = recording.run(request.labels, request.numbers)
+            if device.type == "cuda":
+                self.done = torch.cuda.current_stream().record_event()
         for k, size in enumerate(request.schedule):
             last = k == len(request.schedule) - 1
             yield Step(k, size, codes[k], (lambda _: images) if last else tokenizer.decode)
@@ -127,22 +136,27 @@ class Recorded:
             return self.recordings[min(fitting, key=lambda key: key[3])]
         if len(self.recordings) >= MOST_RECORDINGS:
             self._clear()
-        recording = None
-        try:
-            recording = self._recorded(tokenizer, transformer, request)
-        except torch.OutOfMemoryError:
-            if not self.recordings:
-                raise
-        if recording is None:  # out here the error, which holds the tensors of what failed, is gone
-            self._clear()
-            recording = self._recorded(tokenizer, transformer, request)
+        recording = self._making_room(lambda: self._recorded(tokenizer, transformer, request))
         self.recordings[(*settings, pictures)] = recording
         return recording
 
+    def _making_room(self, work: Callable[[], T]) -> T:
+        """What the work gives, a second time without the recordings where memory runs out."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self.recordings:
+                raise
+        self._clear()  # out here the error, which holds the tensors of what failed, is gone
+        return work()
+
     def _clear(self) -> None:
-        self.recordings.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        with self.turn:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # another stream may still be running one
+            self.recordings.clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _recorded(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Recording:
         with torch.inference_mode(False), torch.no_grad(), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexvar.arguments import both_sides, whole_number
 from flexvar.data.given import GivenPictures, mask_of, over_white, pictures_of
 from flexvar.generation import Keep
 from flexvar.position import area_averaged
-from flexvar.schedule import Schedule, Size
+from flexvar.schedule import Schedule, Size, grid_of
 
 MaskRule: TypeAlias = Literal["any", "majority", "all"]
 Anchor: TypeAlias = Literal["centre", "left", "right", "top", "bottom", "top-left", "top-right", "bottom-left", "bottom-right"]
@@ -67,8 +68,6 @@ class Edit:
 
     def schedule(self, steps: int, trained_grid: int) -> Schedule:
         """The scales of a number of steps, at least 2: those of the canvas's own grid, and growing ones beyond it."""
-        if steps < 2:
-            raise ValueError(f"{steps} steps are too few; a schedule from 1x1 to the full grid has at least 2")
         if self.grid[0] < self.native[0] or self.grid[1] < self.native[1]:
             return Schedule.for_grid(*self.grid, steps, trained_grid)
         beyond = len(Schedule((self.native,)).grown(*self.grid)) - 1
@@ -118,7 +117,7 @@ def refine(
     image: GivenPictures, f: int, most_pixels: int, *, strength: float = 0.5, height: int | None = None, width: int | None = None
 ) -> Edit:
     """Keeps the coarse scales and draws the rest again. strength: 0 keeps every scale, 1 none. height, width: of the result, multiples of
-    f px; the picture's own by default, otherwise its composition is stretched to them."""
+    f px; the picture's own by default, otherwise its composition is stretched to them. One alone keeps the picture's proportions."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength!r}; give a number from 0 (all scales kept) to 1 (none)")
     pictures = over_white(pictures_of(image))
@@ -129,30 +128,34 @@ def refine(
     crop = (0, 0, small.shape[-2], small.shape[-1])
     if height is None and width is None:
         return Edit(canvas, f, grid, crop, size, strength)
-    height, width = height or width or 0, width or height or 0
-    if min(height, width) < f or height % f or width % f:
-        raise ValueError(f"the result would be {height} x {width} px; give multiples of {f} px")
-    return Edit(canvas, f, (height // f, width // f), (0, 0, height, width), (height, width), strength)
+    asked = both_sides(height, width, size, f)
+    grid_of(*asked, f)  # complains of what is no multiple
+    grid = _grid_within(*asked, f, most_pixels)
+    return Edit(canvas, f, grid, (0, 0, grid[0] * f, grid[1] * f), asked, strength)
 
 
 def upscale(
     image: GivenPictures, f: int, most_pixels: int, *, factor: float | None = None, height: int | None = None, width: int | None = None
 ) -> Edit:
-    """Keeps every scale up to the picture's own and draws larger ones. The size by a factor or by pixels, and not smaller."""
+    """Keeps every scale up to the picture's own and draws larger ones. The size by a factor or by pixels, and not smaller; one side alone
+    keeps the picture's proportions. Above most_pixels the drawing is smaller than the result, and enlarged."""
     pictures = over_white(pictures_of(image))
     own = (pictures.shape[-2], pictures.shape[-1])
     if (factor is None) == (height is None and width is None):
         raise ValueError("give a factor, or a height or width in pixels, and not both")
     if factor is None:
-        factor = height / own[0] if height is not None else (width or 0) / own[1]
-    factor_y, factor_x = (height / own[0] if height else factor), (width / own[1] if width else factor)
+        height, width = both_sides(height, width, own)
+        factor_y, factor_x = height / own[0], width / own[1]
+    else:
+        factor_y = factor_x = factor
     if not (1 <= factor_y < math.inf and 1 <= factor_x < math.inf):
         raise ValueError(f"{own[0]} x {own[1]} px would become smaller; give a factor of at least 1, or larger sides")
-    canvas = _padded(pictures, f)
-    (padded_h, padded_w), size = canvas.shape[-2:], (round(own[0] * factor_y), round(own[1] * factor_x))
-    grid = (math.ceil(padded_h // f * factor_y - 1e-6), math.ceil(padded_w // f * factor_x - 1e-6))
-    crop = (0, 0, max(1, round(grid[0] * f * own[0] / padded_h)), max(1, round(grid[1] * f * own[1] / padded_w)))
-    return Edit(canvas, f, grid, crop, size, strength=0.0)
+    small = _reduced(pictures, most_pixels)
+    canvas = _padded(small, f)
+    shown_h, shown_w = small.shape[-2] / canvas.shape[-2], small.shape[-1] / canvas.shape[-1]  # of the canvas, what is the picture
+    grid = _grid_within(own[0] * factor_y / shown_h, own[1] * factor_x / shown_w, f, most_pixels)
+    crop = (0, 0, max(1, round(grid[0] * f * shown_h)), max(1, round(grid[1] * f * shown_w)))
+    return Edit(canvas, f, grid, crop, (round(own[0] * factor_y), round(own[1] * factor_x)), strength=0.0)
 
 
 def inpaint(
@@ -191,19 +194,21 @@ def outpaint(
     paste: bool = True,
     mask_rule: MaskRule = "all",
 ) -> Edit:
-    """Draws beyond the picture's edges: by so many pixels on each side, or to height x width with the picture at the anchor."""
+    """Draws beyond the picture's edges: by so many pixels on each side, or to height x width with the picture at the anchor; one of the two
+    alone keeps the picture's proportions."""
     pictures = pictures_of(image)
     own = (pictures.shape[-2], pictures.shape[-1])
+    sides = [whole_number(added, name) for name, added in (("left", left), ("right", right), ("top", top), ("bottom", bottom))]
     if height is not None or width is not None:
-        if any((left, right, top, bottom)):
+        if any(sides):
             raise ValueError("give pixels on each side, or height and width with an anchor, and not both")
-        top, bottom = _shares((height or own[0]) - own[0], anchor, "top", "bottom")
-        left, right = _shares((width or own[1]) - own[1], anchor, "left", "right")
-    if min(left, right, top, bottom) < 0:
+        height, width = both_sides(height, width, own)
+        sides = [*_shares(width - own[1], anchor, "left", "right"), *_shares(height - own[0], anchor, "top", "bottom")]
+    if min(sides) < 0:
         raise ValueError(f"{own[0]} x {own[1]} px would become smaller; give pixels to add, or larger sides")
-    if not any((left, right, top, bottom)):
+    if not any(sides):
         raise ValueError("there is nothing to draw beyond the picture; give left, right, top or bottom, or larger sides")
-    sides = (left, right, top, bottom)
+    left, _, top, _ = sides
     white = F.pad(_white(pictures, None), sides, value=1.0)
     return _masked(F.pad(pictures, sides), white, (-top % f, -left % f), f, most_pixels, feather, paste, mask_rule)
 
@@ -211,9 +216,9 @@ def outpaint(
 EDITS: dict[str, Callable[..., Edit]] = {edit.__name__: edit for edit in (refine, upscale, inpaint, outpaint)}
 
 
-def keywords(name: str) -> set[str]:
+def keywords(name: str) -> list[str]:
     """The keywords of an edit's own, apart from those of the drawing."""
-    return {word.name for word in signature(EDITS[name]).parameters.values() if word.kind is word.KEYWORD_ONLY} | {"max_pixels"}
+    return [word.name for word in signature(EDITS[name]).parameters.values() if word.kind is word.KEYWORD_ONLY] + ["max_pixels"]
 
 
 # -- masks --
@@ -304,6 +309,12 @@ def _reduced(tensor: Tensor, most_pixels: int) -> Tensor:
         return tensor
     size = (max(1, int(height * scale)), max(1, int(width * scale)))
     return F.interpolate(tensor, size, mode="bilinear", antialias=True)
+
+
+def _grid_within(height: float, width: float, f: int, most_pixels: int) -> Size:
+    """The codes (h, w) that cover so many pixels, or as many of their shape as most_pixels."""
+    scale = min(1.0, math.sqrt(most_pixels / (height * width)))
+    return max(1, math.ceil(height * scale / f - 1e-6)), max(1, math.ceil(width * scale / f - 1e-6))
 
 
 def _shares(added: int, anchor: str, first: str, last: str) -> tuple[int, int]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import index
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexvar.arguments import seeds_of
 from flexvar.sampling import Guidance, Sampling, choose, uniform_numbers
 from flexvar.schedule import Schedule, ScheduleLike, Size
 from flexvar.tokenizer import Tokenizer
@@ -97,30 +97,34 @@ def generate(
     guidance: Guidance | None = None,
     sampling: Sampling | None = None,
     keep: Keep | None = None,
-    seeds: Sequence[int] | None = None,
+    seeds: int | Sequence[int] | Tensor | None = None,
     draw: Draw | None = None,
 ) -> Iterator[Step]:
     """Draws pictures scale by scale; yields each scale as soon as its codes are chosen.
 
     labels: (B,), class indices; the null class draws without a label. guidance, sampling: the released evaluation's by default.
-    seeds: one a picture; picture i depends on its own seed, label and settings alone. None draws them.
+    seeds: one a picture, or an integer s for s, s + 1, ..., from 0 to 2**32 - 1; None draws s. Picture i depends on its own seed, label
+    and settings alone.
     draw: another way to run the loop below, as `flexvar.compiled` makes them.
-    Raises ValueError at once, before anything is drawn, for a label out of range, seeds of another number than labels, or a `keep` that
-    does not fit the schedule.
+    Raises ValueError at once, before anything is drawn, for labels or seeds out of range, seeds of another number than labels, or a
+    `keep` that does not fit the schedule.
     """
     schedule, guidance, sampling = Schedule.of(schedule), guidance or Guidance(), sampling or Sampling()
     config, device = transformer.config, transformer.head.weight.device
     labels = torch.as_tensor(labels)
     if labels.ndim != 1 or not len(labels) or labels.is_floating_point() or labels.min() < 0 or labels.max() > config.null_class:
         raise ValueError(f"labels must be one or more integers from 0 to {config.null_class}, the last one meaning no class")
-    seeds = torch.randint(2**62, (len(labels),)).tolist() if seeds is None else [index(seed) for seed in seeds]
-    if len(seeds) != len(labels):
-        raise ValueError(f"{len(seeds)} seeds were given for {len(labels)} pictures; give one a picture")
     if keep is not None:
         keep.check(schedule, len(labels), config.codebook_size)
-    numbers = uniform_numbers(seeds, schedule.tokens).to(device)
+    numbers = uniform_numbers(seeds_of(seeds, len(labels)), schedule.tokens).to(device)
+    guidance = needed_guidance(guidance, labels.tolist(), config.null_class)
     request = Request(labels.to(device, torch.int64), schedule, guidance, sampling, keep, numbers)
     return (draw or draw_scales)(tokenizer, transformer, request)
+
+
+def needed_guidance(guidance: Guidance, labels: Sequence[int], null_class: int) -> Guidance:
+    """None where no picture has a class: what is drawn with the class and without it is then the same."""
+    return replace(guidance, stop=0) if all(label == null_class for label in labels) else guidance
 
 
 @torch.no_grad()

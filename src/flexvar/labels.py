@@ -41,7 +41,7 @@ def index_of(label: Label, names: Sequence[str], null_class: int, aliases: Mappi
         if not label.isdecimal():
             close = difflib.get_close_matches(label.casefold(), by_name, 3, 0.6) or [n for n in by_name if label.casefold() in n][:3]
             nearest = dict.fromkeys(names[by_name[name]] for name in close)
-            hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else "`flexvar info` lists the classes"
+            hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else "`flexvar info MODEL` lists the classes"
             raise ValueError(f"there is no class {label!r}; {hint}")
     number = int(label) if isinstance(label, str) else whole_number(label, "a class label")
     if not 0 <= number < null_class:

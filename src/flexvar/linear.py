@@ -18,6 +18,7 @@ from flexvar.transformer import MLP, SelfAttention, Transformer
 LARGEST = 127
 SMALLEST = 1e-12  # so that a row of zeros stays one
 FEWEST_CUDA_ROWS = 32  # CUDA's product of integers takes no fewer than 17
+CUDA_MULTIPLE = 8  # of both sides of a weight, for the same product
 PACKED_FOR_ROWS = 512  # a hint; 8 and 64 gave the same speed at every number of rows
 
 
@@ -102,14 +103,20 @@ def integer_product(rows: Tensor, weight: Tensor) -> Tensor:
 def to_int8(transformer: Transformer) -> None:
     """Gives all blocks 8-bit weights, in place and for good.
 
-    Raises ValueError on other devices than CPU and CUDA, and on a processor whose 8-bit products are not exact.
+    Raises ValueError on other devices than CPU and CUDA, for weights with a side that is no multiple of 8, and on a processor whose
+    8-bit products are not exact.
     """
     device = transformer.head.weight.device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"8-bit weights run on CPUs and CUDA, and this transformer is on {device}; move it, or draw without them")
-    most = torch.full((FEWEST_CUDA_ROWS, 64), LARGEST, dtype=torch.int8, device=device)
-    if not (integer_product(most, -most) == -64 * LARGEST**2).all():
-        raise ValueError("this processor adds 8-bit products up in 16 bits, where they overflow; draw in float32")
+    first = transformer.layers[0]
+    for layer in (first.attention.qkv, first.attention.out, first.mlp.rise, first.mlp.fall):  # another shape may take another kernel
+        if any(side % CUDA_MULTIPLE for side in layer.weight.shape):
+            sides = " x ".join(map(str, layer.weight.shape))
+            raise ValueError(f"8-bit weights need sides that are multiples of {CUDA_MULTIPLE}, and one is {sides}; draw without them")
+        most = torch.full_like(layer.weight, LARGEST, dtype=torch.int8)  # (out, in)
+        if not (integer_product(most[:FEWEST_CUDA_ROWS], -most) == -most.shape[1] * LARGEST**2).all():
+            raise ValueError("this processor adds 8-bit products up in 16 bits, where they overflow; draw in float32")
     exchange_layers(transformer, Int8Linear)
 
 

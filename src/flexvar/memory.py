@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import ContextDecorator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import TracebackType
 import torch
 
 from flexvar.accounting import plan
+from flexvar.processes import kept_memory
 from flexvar.schedule import Schedule, Size
 from flexvar.tokenizer import TokenizerConfig
 from flexvar.transformer import TransformerConfig
@@ -25,6 +27,8 @@ SHARE_TO_FILL = 0.6
 """Of the free memory, where we choose the batch: others need some too, a CPU's libraries take more than is planned, and Linux kills."""
 
 MOST_CODES = 2**40  # on a side, as far as a size that fits is looked for
+
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # where Linux tells of memory
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Drawing(ContextDecorator):
 
     def at_once(self) -> int:
         """How many of the pictures to draw at the same time in the memory that is free, with room to spare; at least one is tried."""
-        free = free_memory(self.device)
+        free = None if self.batch == 1 else free_memory(self.device)
         return self.batch if free is None else max(1, self.largest_batch(int(free * SHARE_TO_FILL)))
 
     def complaint(self, free: int | None) -> str:
@@ -83,6 +87,12 @@ class Drawing(ContextDecorator):
         mend = f"{' or '.join(choices)} would fit" if choices else "free some, or take smaller pictures or a smaller batch"
         pictures, together = ("a picture", "") if self.batch == 1 else (f"{self.batch} pictures", " at a time")
         return f"not enough memory for {pictures} of {asked[0] * f} x {asked[1] * f} px{together}; {mend} (see `flexvar plan`)"
+
+    def refuse_what_cannot_fit(self) -> None:
+        """MemoryError, in one line, where a CPU has no room: Linux does not say so, it ends the process."""
+        free = free_memory(self.device) if self.device.type == "cpu" else None
+        if free is not None and not self.fits(free):
+            raise MemoryError(self.complaint(free))
 
     def __enter__(self) -> Drawing:
         return self
@@ -102,9 +112,38 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that new tensors can take on a device: all of the machine's on a Mac's CPU; None where it cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    meminfo = Path("/proc/meminfo")
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    free = [*_machine(), *_groups()] if device.type == "cpu" else []
+    return min(free) + kept_memory() if free else None
+
+
+def _machine() -> Iterator[int]:
+    """What the machine has left."""
+    meminfo = PROC / "meminfo"
     if meminfo.is_file() and (found := re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text())):
-        return 1024 * int(found[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+        yield 1024 * int(found[1])
+    elif hasattr(os, "sysconf"):
+        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _groups() -> Iterator[int]:
+    """What each control group that limits this process has left: containers, services, jobs; cgroup v2 and v1."""
+    own = PROC / "self" / "cgroup"
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, kinds, path = line.split(":", 2)  # no kinds: v2
+        if kinds in ("", "memory"):
+            root = GROUPS / kinds
+            limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+            inside = root / path.lstrip("/")
+            for folder in (inside, *inside.parents[: len(inside.parts) - len(root.parts)]):
+                yield from _left(folder / limit, folder / used, folder / "memory.stat")
+
+
+def _left(limit: Path, used: Path, statistics: Path) -> Iterator[int]:
+    """What a group has left, where it is limited. Of what it uses, old contents of files give way."""
+    try:
+        files = re.findall(r"^(?:total_)?inactive_file (\d+)", statistics.read_text(), re.MULTILINE)
+        yield int(limit.read_text()) - int(used.read_text()) + max(map(int, files), default=0)
+    except (OSError, ValueError):  # there is none here, or its limit is "max"
+        return

@@ -8,9 +8,9 @@ import torch
 
 from flexvar import zoo
 from flexvar.checkpoint import Defaults, Model, save
-from flexvar.data import imagenet_classes
-from flexvar.official import read_released, to_released, tokenizer_from_released, transformer_from_released
-from flexvar.writing import write_whole
+from flexvar.data import aliases_of, imagenet_classes
+from flexvar.official import check_returnable, read_released, to_released, tokenizer_from_released, transformer_from_released
+from flexvar.writing import make_folder, write_together
 
 
 def model_folder(name: str | Path) -> Path:
@@ -36,25 +36,32 @@ def released_model(tokenizer: str | Path, transformer: str | Path) -> Model:
     if (drawn.config.codebook_size, drawn.config.code_width) != (painted.config.codebook_size, painted.config.code_width):
         raise ValueError(f"{tokenizer} and {transformer} do not belong together: they have different codebooks")
     classes = drawn.config.classes
-    imagenet = imagenet_classes() if classes == 1000 else ()
-    names = tuple(name for _, name in imagenet) or tuple(f"class {i}" for i in range(classes))
+    names = tuple(name for _, name in imagenet_classes()) if classes == 1000 else tuple(f"class {i}" for i in range(classes))
     side = drawn.config.trained_grid * painted.config.downsample
     files = {"tokenizer": Path(tokenizer), "transformer": Path(transformer)}
     seen = {part: {"file": path.name, "sha256": zoo.sha256(path)} for part, path in files.items()}
     provenance = {"converted from": seen, "licence": "MIT (the authors of FlexVAR)"}
-    return Model(painted, drawn, names, Defaults(side, side), provenance, aliases=dict(imagenet))  # n01440764 is a tench
+    return Model(painted, drawn, names, Defaults(side, side), provenance, aliases_of(names))
 
 
 def write_released(model: Model, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
-    """Writes the two .pth files that the released code loads; gives their paths, tokenizer first."""
+    """Writes the two .pth files that the released code loads; gives their paths, tokenizer first.
+
+    Raises ValueError for a model that the released code cannot build, FileExistsError where one is there and `overwrite` is not set.
+    """
     painted, drawn, folder = model.tokenizer, model.transformer, Path(folder)
     if drawn is None:
         raise ValueError("this model has no transformer yet; train one on its tokenizer first")
+    check_returnable(painted.config, drawn.config)
     tokenizer, transformer = folder / zoo.RELEASED_TOKENIZER, folder / f"FlexVARd{drawn.config.depth}.pth"
     for path in (tokenizer, transformer):
         if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; choose another folder or ask for overwriting")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(tokenizer, lambda beside: torch.save({"model": to_released(painted)}, beside))
-    write_whole(transformer, lambda beside: torch.save(to_released(drawn), beside))
+            raise FileExistsError(f"{path} exists; choose another folder, or allow it with --overwrite")
+    make_folder(folder)
+    write_together(
+        {
+            tokenizer: lambda beside: torch.save({"model": to_released(painted)}, beside),
+            transformer: lambda beside: torch.save(to_released(drawn), beside),
+        }
+    )
     return tokenizer, transformer

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,9 @@ WITHOUT_MEANING = re.compile(r"(\.zero_k_bias|^attn_bias_for_masking|^quantize\.
 """Released tensors that hold no learned value: zeros, a mask and a usage counter."""
 
 USAGE_COUNTER = 65536
+
+FREE = {"depth", "classes", "codebook_size", "shared_modulation", "trained_grid", "positions"}
+"""What the released code can be told of a model, or need not know of it; the rest of a model's shape is fixed there."""
 
 
 def released_name(name: str) -> str:
@@ -131,6 +136,19 @@ def transformer_from_released(tensors: Mapping[str, Tensor]) -> Transformer:
     with torch.device("meta"):
         transformer = Transformer(config)
     return fill(transformer, tensors, released_name, _released_shape)
+
+
+def check_returnable(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> None:
+    """Raises ValueError, naming what differs, where the released code cannot build such a model; warns where it would draw otherwise."""
+    fixed = asdict(TokenizerConfig()) | asdict(TransformerConfig(transformer.depth))
+    ours = asdict(tokenizer) | asdict(transformer)  # what has the same name in both is equal: the codes
+    differing = [name for name in fixed if name not in FREE and ours[name] != fixed[name]]
+    if differing:
+        differences = ", ".join(f"{name} is {ours[name]} instead of {fixed[name]}" for name in differing)
+        raise ValueError(f"the released code cannot build this model: {differences}; only models of its own shapes can go back")
+    if transformer.positions != "area":
+        side = transformer.table_side * tokenizer.downsample
+        warnings.warn(f"the released code knows positions by area only: above {side} px it draws otherwise than this model", stacklevel=3)
 
 
 def to_released(module: Tokenizer | Transformer) -> dict[str, Tensor]:

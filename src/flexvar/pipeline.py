@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, Unpack
 
 import huggingface_hub
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from flexvar import editing, labels, linear
-from flexvar.arguments import seeds_of, whole_number
+from flexvar.arguments import both_sides, refuse_unknown, seeds_of, takes, warn, whole_number
 from flexvar.checkpoint import Defaults, Model, load, save
 from flexvar.compiled import compiled
-from flexvar.data import fitted, upright_rgb
-from flexvar.data.given import GivenPictures
+from flexvar.data import fitted
+from flexvar.data.given import GivenPictures, over_white, pictures_of
 from flexvar.editing import Edit
-from flexvar.generation import Draw, Keep, Step, draw_scales, generate
+from flexvar.generation import Draw, Keep, Step, draw_scales, generate, needed_guidance
 from flexvar.labels import Label
 from flexvar.memory import Drawing
 from flexvar.models import model_folder, released_model, write_released
-from flexvar.sampling import Greedy, Guidance, GuidanceKind
-from flexvar.schedule import Schedule, ScheduleLike, grid_of
-from flexvar.settings import Settings
-from flexvar.sheet import Images, OutputType, as_output, check_output_type
+from flexvar.sampling import Guidance, Sampling
+from flexvar.schedule import Schedule, grid_of
+from flexvar.settings import DrawingSettings, MaskedEditSettings, OutpaintSettings, Settings, SizedEditSettings
+from flexvar.sheet import Images, OutputType, as_output, check_output_type, to_pil
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
+
+Labels: TypeAlias = Label | Sequence[Label]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FlexVAROutput:
 
 
 class FlexVARPipeline:
-    """A tokenizer, a transformer and the names of the classes."""
+    """A tokenizer, a transformer and the names of the classes. What the keywords of drawing mean stands in `flexvar.settings`."""
 
     def __init__(self, model: Model) -> None:
         if model.transformer is None:
@@ -55,7 +56,6 @@ class FlexVARPipeline:
         self.tokenizer: Tokenizer = model.tokenizer
         self.transformer: Transformer = model.transformer
         self.settings = Settings(model)  # what the keywords of a call mean
-        self.precision = _name_of(self.transformer)  # of the weights, as reports call it
         self.made_faster: tuple[str, ...] = ()  # "int8", "compiled"
         self._draw: Draw = draw_scales
 
@@ -68,6 +68,21 @@ class FlexVARPipeline:
     def defaults(self) -> Defaults:
         """How the model draws when it is not told otherwise."""
         return self.model.defaults
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.transformer.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.transformer.head.weight.dtype
+
+    @property
+    def precision(self) -> str:
+        """What its weights are held in, as reports call it."""
+        return "int8" if "int8" in self.made_faster else str(self.dtype).removeprefix("torch.")
 
     # -- where it comes from and goes to --
 
@@ -102,12 +117,18 @@ class FlexVARPipeline:
             self.save_pretrained(folder)
             return str(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder))
 
-    def to(self, *device_or_dtype: str | torch.device | torch.dtype) -> FlexVARPipeline:
-        """Moves both networks to a device, a dtype, or both: pipe.to("cuda", torch.bfloat16)."""
+    def to(
+        self,
+        *device_or_dtype: str | int | torch.device | torch.dtype,
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> FlexVARPipeline:
+        """Moves both networks to a device, a dtype, or both, by place or by name: pipe.to("cuda", torch.bfloat16), pipe.to(dtype=...)."""
         self._refuse_made_faster()
+        for given in device_or_dtype:
+            device, dtype = (device, given) if isinstance(given, torch.dtype) else (given, dtype)
         for network in (self.tokenizer, self.transformer):
-            network.to(*device_or_dtype)  # type: ignore[call-overload]
-        self.precision = _name_of(self.transformer)
+            network.to(device=device, dtype=dtype)
         return self
 
     def to_int8(self) -> FlexVARPipeline:
@@ -117,13 +138,14 @@ class FlexVARPipeline:
         """
         self._refuse_made_faster()
         linear.to_int8(self.transformer)
-        self.precision, self.made_faster = "int8", ("int8",)
+        self.made_faster = ("int8",)
         return self
 
     def compile(self) -> FlexVARPipeline:
         """Makes drawing faster where it is, for good: the same pictures up to rounding (`flexvar.compiled` says how; docs/speed.md).
 
-        Move the pipeline first. The first picture of each size then takes longer on CUDA.
+        Move the pipeline first. The first picture of each size then takes longer on CUDA. On Linux, with the pipeline on the CPU, the whole
+        process keeps the memory that it frees from then on, other libraries' too (`flexvar.processes.keep_memory`).
         """
         if "compiled" not in self.made_faster:
             self._draw = compiled(self.tokenizer, self.transformer)
@@ -137,117 +159,134 @@ class FlexVARPipeline:
 
     # -- drawing --
 
+    @takes(DrawingSettings)
     def __call__(
         self,
-        class_labels: Label | Sequence[Label] = None,
-        *,
-        edit: Edit | None = None,
-        batch_size: int | None = None,
-        output_type: OutputType = "pil",
-        **settings: Any,
-    ) -> FlexVAROutput:
-        """Draws one picture for each label.
-
-        class_labels: class names or indices, one or several; None (or "unconditional") means no class.
-        batch_size: pictures drawn at the same time, by default what six tenths of the free memory hold; changes speed, not the pictures.
-        output_type: "pil", "np" or "pt". The other keywords are those of `stream`.
-        """
-        check_output_type(output_type)
-        listed = _listed(class_labels, edit)
-        indices, seeds = self.labels_of(listed), seeds_of(settings.pop("seed", None), len(listed))
-        at_once = self._fitting(len(listed), edit, **settings) if batch_size is None else whole_number(batch_size, "batch_size")
-        if at_once < 1:
-            raise ValueError(f"batch_size is {at_once}; draw at least 1 picture at a time")
-        drawn = []
-        for start in range(0, len(listed), at_once):
-            part = slice(start, start + at_once)
-            *_, last = self.stream(listed[part], edit=edit and edit.part(part), seed=seeds[part], **settings)
-            drawn.append(last.images.float().cpu())
-        return FlexVAROutput(as_output(torch.cat(drawn), output_type), indices, seeds)
-
-    def stream(
-        self,
-        class_labels: Label | Sequence[Label] = None,
+        class_labels: Labels = None,
         *,
         edit: Edit | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int | None = None,
-        schedule: ScheduleLike | None = None,
-        guidance_scale: float | None = None,
-        guidance: GuidanceKind | None = None,
-        split_guidance: bool | None = None,
-        guidance_stop: int | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        greedy: Greedy | None = None,
-        seed: int | Sequence[int] | None = None,
+        batch_size: int | None = None,
+        output_type: OutputType = "pil",
+        **settings: Unpack[DrawingSettings],
+    ) -> FlexVAROutput:
+        """Draws one picture for each label.
+
+        class_labels: class names or indices, one or several; None (or "unconditional") means no class.
+        batch_size: pictures drawn at the same time; changes speed, not the pictures. By default what six tenths of the free memory hold,
+        and fewer where that turns out to be too many.
+        output_type: "pil", "np" or "pt". edit, height, width: as of `stream`. settings: `flexvar.settings.DrawingSettings`.
+        """
+        check_output_type(output_type)
+        indices = self.labels_of(_listed(class_labels, edit))
+        seeds = seeds_of(settings.pop("seed", None), len(indices))
+        grids, guidance, sampling = self._how(indices, edit, height, width, settings)
+        drawing = self._drawing(grids, len(indices), guidance)
+        at_once = drawing.at_once() if batch_size is None else whole_number(batch_size, "batch_size")
+        if at_once < 1:
+            raise ValueError(f"batch_size is {at_once}; draw at least 1 picture at a time")
+        drawn: list[Tensor] = []
+        start = 0
+        while start < len(indices):
+            part = slice(start, start + at_once)
+            try:
+                drawn.append(self._finished(indices[part], seeds[part], edit and edit.part(part), grids, guidance, sampling))
+                start += at_once
+            except MemoryError:
+                if batch_size is not None or len(indices[part]) == 1:
+                    raise
+                at_once = len(indices[part]) // 2
+        return FlexVAROutput(as_output(torch.cat(drawn), output_type), indices, seeds)
+
+    @takes(DrawingSettings)
+    def stream(
+        self,
+        class_labels: Labels = None,
+        *,
+        edit: Edit | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **settings: Unpack[DrawingSettings],
     ) -> Iterator[Step]:
-        """Draws scale by scale: one Step for each, as soon as its codes are chosen. What is not given is the model's default.
+        """Draws scale by scale: one Step for each, as soon as its codes are chosen.
 
         edit: what is kept of given pictures (`edit_of`); its last step's images are the finished ones. It has its own height and width.
-        height, width: pixels, multiples of the tokenizer's downsampling; one alone means a square.
-        num_inference_steps: scales, at least 2. schedule: the scales themselves, instead of size and steps.
-        guidance_scale, guidance: see `Guidance`; 1 switches "ramp" and "constant" off, 0 "official-ramp".
-        split_guidance: draws with and without the class in turn, for less memory. guidance_stop: scales that are guided, all by default;
-        those behind them cost half.
-        top_k, top_p, temperature, greedy: see `Sampling`.
-        seed: one a picture, or one integer s for s, s + 1, ...; None draws them.
+        height, width: pixels, multiples of the tokenizer's downsampling; one alone keeps the proportions of the model's own size.
+        settings: `flexvar.settings.DrawingSettings`.
         Raises ValueError, in one line, for an unknown class, an impossible size or schedule, and settings out of range; MemoryError,
         naming the largest size that fits, where memory runs out.
         """
         indices = self.labels_of(_listed(class_labels, edit))
-        grids = self.settings.schedule_of(height, width, num_inference_steps, schedule, edit=edit)
-        guiding = self.settings.guidance_of(guidance, guidance_scale, split_guidance, guidance_stop)
-        choosing = self.settings.sampling_of(top_k, top_p, temperature, greedy)
-        seeds = seeds_of(seed, len(indices))
-        with self._drawing(grids, len(indices), guiding) as drawing:
+        seeds = seeds_of(settings.pop("seed", None), len(indices))
+        return self._steps(indices, seeds, edit, *self._how(indices, edit, height, width, settings))
+
+    def _how(
+        self, indices: list[int], edit: Edit | None, height: int | None, width: int | None, settings: DrawingSettings
+    ) -> tuple[Schedule, Guidance, Sampling]:
+        """What the keywords of a call ask for."""
+        grids = self.settings.schedule_of(height, width, edit=edit, **settings)
+        guidance = needed_guidance(self.settings.guidance_of(**settings), indices, self.transformer.config.null_class)
+        return grids, guidance, self.settings.sampling_of(**settings)
+
+    def _steps(
+        self, indices: list[int], seeds: list[int], edit: Edit | None, grids: Schedule, guidance: Guidance, sampling: Sampling
+    ) -> Iterator[Step]:
+        """The steps of a drawing that was asked for in full."""
+        drawing = self._drawing(grids, len(indices), guidance)
+        drawing.refuse_what_cannot_fit()
+        with drawing:
             keep = None if edit is None else self._keep(edit, grids)
             networks = self.tokenizer, self.transformer
-            steps = generate(*networks, indices, grids, guidance=guiding, sampling=choosing, keep=keep, seeds=seeds, draw=self._draw)
+            steps = generate(*networks, indices, grids, guidance=guidance, sampling=sampling, keep=keep, seeds=seeds, draw=self._draw)
         return _watched(steps, drawing, edit, len(grids))
+
+    def _finished(self, *what: Any) -> Tensor:
+        """The pictures of the last step, on the CPU; the other steps are gone then."""
+        *_, last = self._steps(*what)
+        return last.images.float().cpu()
 
     # -- editing --
 
+    @takes(SizedEditSettings)
     def refine(
-        self, image: GivenPictures, strength: float = 0.5, class_labels: Label | Sequence[Label] = None, **settings: Any
+        self, image: GivenPictures, strength: float = 0.5, class_labels: Labels = None, **settings: Unpack[SizedEditSettings]
     ) -> FlexVAROutput:
         """Keeps the coarse scales of given pictures and draws the others again; with another class, an edit towards it.
 
         strength: 0 keeps every scale, 1 none. height, width: another size or aspect ratio. For this and the other edits: image is one
         picture or a list of one size (see `flexvar.data.given.pictures_of`); class_labels one for all, or one each, or several for one
-        picture; the result has the picture's size, unless it says otherwise; the other keywords are the call's own.
+        picture; the result has the picture's size, unless it says otherwise; settings stand in `flexvar.settings`.
         """
         return self._edited("refine", image, class_labels, settings, strength=strength)
 
+    @takes(SizedEditSettings)
     def upscale(
-        self, image: GivenPictures, factor: float | None = None, class_labels: Label | Sequence[Label] = None, **settings: Any
+        self, image: GivenPictures, factor: float | None = None, class_labels: Labels = None, **settings: Unpack[SizedEditSettings]
     ) -> FlexVAROutput:
         """Keeps every scale of given pictures up to their own, and draws larger ones: by a factor, or to `height` and `width`."""
         return self._edited("upscale", image, class_labels, settings, factor=factor)
 
+    @takes(MaskedEditSettings)
     def inpaint(
-        self, image: GivenPictures, mask: GivenPictures | None = None, class_labels: Label | Sequence[Label] = None, **settings: Any
+        self,
+        image: GivenPictures,
+        mask: GivenPictures | None = None,
+        class_labels: Labels = None,
+        **settings: Unpack[MaskedEditSettings],
     ) -> FlexVAROutput:
-        """Draws anew what is white in the mask or transparent in the picture; every pixel that is neither comes back to the bit.
-
-        feather, paste, mask_rule: see `flexvar.editing.inpaint`.
-        """
+        """Draws anew what is white in the mask or transparent in the picture; every pixel that is neither comes back to the bit."""
         return self._edited("inpaint", image, class_labels, settings, mask=mask)
 
-    def outpaint(self, image: GivenPictures, class_labels: Label | Sequence[Label] = None, **settings: Any) -> FlexVAROutput:
-        """Draws beyond the edges of given pictures: `left`, `right`, `top`, `bottom` in pixels, or `height` and `width` with an `anchor`.
-
-        feather, paste, mask_rule: see `flexvar.editing.inpaint`.
-        """
+    @takes(OutpaintSettings)
+    def outpaint(self, image: GivenPictures, class_labels: Labels = None, **settings: Unpack[OutpaintSettings]) -> FlexVAROutput:
+        """Draws beyond the edges: by `left`, `right`, `top`, `bottom` in pixels, or to `height` and `width` with an `anchor`."""
         return self._edited("outpaint", image, class_labels, settings)
 
-    def _edited(
-        self, operation: str, image: GivenPictures, class_labels: Label | Sequence[Label], settings: dict[str, Any], **own: Any
-    ) -> FlexVAROutput:
-        own |= {name: settings.pop(name) for name in editing.keywords(operation) if name in settings}
-        return self(class_labels, edit=self.edit_of(operation, image, **own), **settings)
+    def _edited(self, operation: str, image: GivenPictures, class_labels: Labels, settings: Mapping[str, Any], **own: Any) -> FlexVAROutput:
+        edits = editing.keywords(operation)
+        own |= {name: value for name, value in settings.items() if name in edits and value is not None}
+        return self(class_labels, edit=self.edit_of(operation, image, **own), **{n: v for n, v in settings.items() if n not in edits})
 
     def edit_of(self, operation: str, image: GivenPictures, *, max_pixels: int | None = None, **own: Any) -> Edit:
         """The edit that `stream` and the call take: "refine", "upscale", "inpaint" or "outpaint", with that method's own keywords.
@@ -256,10 +295,11 @@ class FlexVARPipeline:
         """
         if operation not in editing.EDITS:
             raise ValueError(f"no edit is named {operation!r}; there are {', '.join(editing.EDITS)}")
+        refuse_unknown(operation, own, editing.keywords(operation))
         f, trained = self.tokenizer.config.downsample, self.transformer.config.trained_grid * self.tokenizer.config.downsample
         edit = editing.EDITS[operation](image, f, 4 * trained**2 if max_pixels is None else whole_number(max_pixels, "max_pixels"), **own)
         if operation == "upscale" and max(edit.grid) * f > 2 * trained:
-            warnings.warn(f"{edit.size[0]} x {edit.size[1]} px is more than twice the trained {trained} px; expect waves", stacklevel=4)
+            warn(f"{edit.grid[0] * f} x {edit.grid[1] * f} px is more than twice the trained {trained} px; expect waves")
         return edit
 
     @torch.no_grad()
@@ -273,43 +313,36 @@ class FlexVARPipeline:
 
     @torch.no_grad()
     def reconstruct(
-        self, image: Image.Image, *, height: int | None = None, width: int | None = None, output_type: OutputType = "pil"
+        self, image: GivenPictures, *, height: int | None = None, width: int | None = None, output_type: OutputType = "pil"
     ) -> FlexVAROutput:
-        """A picture through the tokenizer alone, resized to cover height x width and cropped at the centre: the best that codes can do.
+        """Pictures through the tokenizer alone, resized to cover height x width and cropped at the centre: the best that codes can do.
 
-        By default the largest size within the picture's own that the tokenizer takes.
+        image: as of `refine`, its transparency over white. By default the largest size within the picture's own that the tokenizer takes;
+        one side alone keeps the picture's proportions.
         """
         check_output_type(output_type)
-        if not isinstance(image, Image.Image):
-            raise ValueError(f"the image is a {type(image).__name__}; give a PIL picture, for example from PIL.Image.open")
-        if 0 in image.size:
-            raise ValueError(f"the image has {image.height} x {image.width} pixels; give one that has some")
-        image, f = upright_rgb(image), self.tokenizer.config.downsample
-        height = max(f, image.height // f * f) if height is None else whole_number(height, "a side")
-        width = max(f, image.width // f * f) if width is None else whole_number(width, "a side")
+        pictures, f = to_pil(over_white(pictures_of(image))), self.tokenizer.config.downsample
+        own = pictures[0].height, pictures[0].width
+        if height is None and width is None:
+            height, width = (max(f, side // f * f) for side in own)
+        height, width = both_sides(height, width, own, f)
         grid = grid_of(height, width, f)
-        weight = self.tokenizer.after_codes.weight
-        pixels = torch.from_numpy(np.array(fitted(image, (height, width)))).permute(2, 0, 1)[None]
-        with self._drawing(Schedule((grid,)), 1, Guidance("constant", 1.0)):
-            (codes,) = self.tokenizer.codes(self.tokenizer.features(pixels.to(weight) / 127.5 - 1), [grid])
+        pixels = torch.from_numpy(np.stack([np.asarray(fitted(one, (height, width))) for one in pictures])).permute(0, 3, 1, 2)
+        drawing = self._drawing(Schedule((grid,)), len(pictures), Guidance("constant", 1.0))
+        drawing.refuse_what_cannot_fit()
+        with drawing:
+            (codes,) = self.tokenizer.codes(self.tokenizer.features(pixels.to(self.tokenizer.after_codes.weight) / 127.5 - 1), [grid])
             return FlexVAROutput(as_output(self.tokenizer.decode(codes).float().cpu(), output_type), [], [])
 
     def _drawing(self, schedule: Schedule, batch: int, guidance: Guidance) -> Drawing:
         """What is about to be drawn, so that running out of memory is told with the size that fits."""
-        transformer, weight = self.transformer.config, self.transformer.head.weight
+        transformer = self.transformer.config
         guided = any(factor != 1 for factor in guidance.weights(schedule, transformer.trained_grid))
-        return Drawing(transformer, self.tokenizer.config, schedule, batch, guided, weight.dtype, weight.device)
-
-    def _fitting(self, pictures: int, edit: Edit | None, **settings: Any) -> int:
-        """How many of the pictures can be drawn at the same time in the memory that is free; at least one is tried."""
-        if pictures == 1:
-            return 1
-        grids = self.settings.schedule_of(edit=edit, **settings)
-        return self._drawing(grids, pictures, self.settings.guidance_of(**settings)).at_once()
+        return Drawing(transformer, self.tokenizer.config, schedule, batch, guided, self.dtype, self.device)
 
     # -- what the words mean --
 
-    def labels_of(self, class_labels: Label | Sequence[Label]) -> list[int]:
+    def labels_of(self, class_labels: Labels) -> list[int]:
         """Class indices of names, indices or None. Raises ValueError with the closest names."""
         null_class, aliases = self.transformer.config.null_class, self.model.aliases
         return [labels.index_of(label, self.class_names, null_class, aliases) for label in labels.listed(class_labels)]
@@ -329,7 +362,7 @@ def _watched(steps: Iterator[Step], drawing: Drawing, edit: Edit | None, count: 
             yield replace(step, decode=drawing(step.decode if edit is None or step.index < count - 1 else edit.finishing(step.decode)))
 
 
-def _listed(class_labels: Label | Sequence[Label], edit: Edit | None = None) -> list[Any]:
+def _listed(class_labels: Labels, edit: Edit | None = None) -> list[Any]:
     """One label or several as a list, one for all pictures of an edit; ValueError when there is none, or another number of them."""
     listed = labels.listed(class_labels)
     if edit is not None and len(listed) == 1:
@@ -337,7 +370,3 @@ def _listed(class_labels: Label | Sequence[Label], edit: Edit | None = None) -> 
     if edit is not None and len(edit) not in (1, len(listed)):
         raise ValueError(f"{len(listed)} class labels were given for {len(edit)} pictures; give one, or one a picture")
     return listed
-
-
-def _name_of(transformer: Transformer) -> str:
-    return str(transformer.head.weight.dtype).removeprefix("torch.")

@@ -44,9 +44,27 @@ def processes(device: torch.device, patience: timedelta | None = None) -> Iterat
 def keep_memory() -> None:
     """Makes the C library keep freed memory for the next step, where it is glibc, instead of giving it back to the system.
 
-    Otherwise each step gets gigabytes anew, which the system fills with zeros page by page.
+    Otherwise each step gets gigabytes anew, which the system fills with zeros page by page. It holds for the whole process and all that
+    runs in it, until it ends: C libraries do not tell how they were set, so that nothing can be put back.
     """
     trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(trim_threshold, -1)  # never
         mallopt(most_mappings, 0)  # large pieces come from the heap too
+
+
+def kept_memory() -> int:
+    """Bytes that the C library holds while nothing uses them, where it is a glibc that tells; 0 elsewhere."""
+    if sys.platform != "linux" or not (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)):
+        return 0
+    mallinfo.restype = _MallocInfo
+    return int(mallinfo().fordblks)
+
+
+class _MallocInfo(ctypes.Structure):
+    """The struct mallinfo2 of malloc.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -25,3 +25,8 @@ def progress(items: Sequence[T], what: str) -> Iterator[T]:
         if time.monotonic() - latest >= SECONDS_BETWEEN_LINES or (done == len(items) and done > 1):
             latest = time.monotonic()
             print(f"{what}: {done} of {len(items)}", file=sys.stderr, flush=True)
+
+
+def within(parts: Iterable[T], count: int, what: str) -> Iterator[T]:
+    """Gives the parts of one of those items: on a terminal with a second bar, which goes when they are done."""
+    yield from tqdm(parts, desc=what, total=count, leave=False, disable=not sys.stderr.isatty())

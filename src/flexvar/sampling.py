@@ -42,8 +42,10 @@ class Guidance:
             raise ValueError(f"no guidance is of kind {self.kind!r}; there are {', '.join(get_args(GuidanceKind))}")
         if not _is_finite(self.scale) or abs(self.scale) > LARGEST_SCALE:
             raise ValueError(f"the guidance scale is {self.scale!r}; give a finite number, 1 (or 0 for the official ramp) switches it off")
-        if self.stop is not None and (type(self.stop) is not int or self.stop < 0):
-            raise ValueError(f"guidance stops after {self.stop!r} scales; give how many are guided, from 0 on, or None for all")
+        if self.stop is not None:
+            if (stop := _whole(self.stop)) is None or stop < 0:
+                raise ValueError(f"guidance stops after {self.stop!r} scales; give how many are guided, from 0 on, or None for all")
+            object.__setattr__(self, "stop", stop)
 
     def weights(self, schedule: Iterable[Size], trained_grid: int = 16) -> tuple[float, ...]:
         """w at each scale; 1 means that the unconditional half does not count."""
@@ -75,8 +77,9 @@ class Sampling:
     greedy: Greedy = "official"
 
     def __post_init__(self) -> None:
-        if not hasattr(self.top_k, "__index__") or self.top_k < 0:
+        if (top_k := _whole(self.top_k)) is None or top_k < 0:
             raise ValueError(f"top_k is {self.top_k!r}; give 0 for all candidates or a number of them")
+        object.__setattr__(self, "top_k", top_k)
         if not _is_finite(self.top_p) or not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p!r}; give a probability from 0 to 1")
         if not _is_finite(self.temperature) or self.temperature <= 0:
@@ -97,6 +100,14 @@ class Sampling:
         if self.greedy == "official":
             return tuple(h * w > trained_grid**2 or (h == w and h not in OFFICIAL_SAMPLED_SIDES) for h, w in schedule)
         return tuple(size in self.greedy for size in schedule)
+
+
+def _whole(value: Any) -> int | None:
+    """An integer of any kind as Python's own, so that equal settings are the same ones; None for anything else."""
+    try:
+        return index(value)
+    except TypeError:
+        return None
 
 
 def _is_finite(value: Any) -> bool:

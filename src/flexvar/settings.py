@@ -2,20 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
-from flexvar.arguments import whole_number
+from flexvar.arguments import both_sides, warn, whole_number
 from flexvar.checkpoint import Model
-from flexvar.editing import Edit
+from flexvar.editing import Anchor, Edit, MaskRule
 from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
 from flexvar.schedule import FINEST, Schedule, ScheduleLike, grid_of
+from flexvar.sheet import OutputType
 
 S = TypeVar("S", Guidance, Sampling)
 
 
+class DrawingSettings(TypedDict, total=False):
+    """The keywords of everything that draws. What is not given, or None, is the model's default.
+
+    num_inference_steps: scales, at least 2. schedule: the scales themselves, instead of size and steps.
+    guidance_scale, guidance: see `flexvar.Guidance`; 1 switches "ramp" and "constant" off, 0 "official-ramp".
+    split_guidance: draws with and without the class in turn, for less memory. guidance_stop: scales that are guided, all by default;
+    those behind them cost half.
+    top_k, top_p, temperature, greedy: see `flexvar.Sampling`.
+    seed: one a picture, or one integer s for s, s + 1, ..., from 0 to 2**32 - 1; None draws s.
+    """
+
+    num_inference_steps: int | None
+    schedule: ScheduleLike | None
+    guidance_scale: float | None
+    guidance: GuidanceKind | None
+    split_guidance: bool | None
+    guidance_stop: int | None
+    top_k: int | None
+    top_p: float | None
+    temperature: float | None
+    greedy: Greedy | None
+    seed: int | Sequence[int] | None
+
+
+class EditSettings(DrawingSettings, total=False):
+    """The keywords of every edit: also those of the pipeline's call, and the edit's own.
+
+    max_pixels: above so many, 4 times the training size by default, a reduced copy is drawn and the drawing enlarged.
+    """
+
+    batch_size: int | None
+    output_type: OutputType
+    max_pixels: int | None
+
+
+class SizedEditSettings(EditSettings, total=False):
+    """Those of `refine` and `upscale`. height, width: of the result in pixels; one alone keeps the picture's proportions."""
+
+    height: int | None
+    width: int | None
+
+
+class MaskedEditSettings(EditSettings, total=False):
+    """Those of `inpaint`. feather, paste, mask_rule: see `flexvar.editing.inpaint`."""
+
+    feather: int | None
+    paste: bool
+    mask_rule: MaskRule
+
+
+class OutpaintSettings(MaskedEditSettings, SizedEditSettings, total=False):
+    """Those of `outpaint`. left, right, top, bottom: pixels to add; or height and width, with the picture at the anchor."""
+
+    left: int
+    right: int
+    top: int
+    bottom: int
+    anchor: Anchor
+
+
 class Settings:
-    """Guidance, sampling and schedule of a call. Its keywords are those of `FlexVARPipeline.stream`; others are passed over."""
+    """Guidance, sampling and schedule of a call, by the keywords of `FlexVARPipeline.stream`; others are passed over."""
 
     def __init__(self, model: Model) -> None:
         self.defaults = model.defaults
@@ -69,15 +131,18 @@ class Settings:
             if steps not in (None, len(given)):
                 raise ValueError(f"num_inference_steps is {steps}, but the schedule has {len(given)}; give one of the two")
             return given
+        asked = self.defaults.num_inference_steps if steps is None else whole_number(steps, "num_inference_steps")
+        if steps is not None and asked < 2:
+            raise ValueError(f"{asked} steps are too few; a schedule from 1x1 to the full grid has at least 2")
         if edit is not None:
-            asked = self.defaults.num_inference_steps if steps is None else whole_number(steps, "num_inference_steps")
             return edit.schedule(asked, trained_grid)
-        if height is None and width is None:
-            height, width = self.defaults.height, self.defaults.width
-        height, width = (whole_number(side, "a side") for side in (width if height is None else height, height if width is None else width))
-        if steps is None:
-            return Schedule.for_grid(*grid_of(height, width, f), self.defaults.num_inference_steps, trained_grid)
-        return Schedule.for_size(height, width, whole_number(steps, "num_inference_steps"), f, trained_grid)
+        grid = grid_of(*both_sides(height, width, (self.defaults.height, self.defaults.width), f), f)
+        scales = Schedule.for_grid(*grid, asked, trained_grid)
+        if steps is not None and len(scales) < asked:
+            most = Schedule.max_steps(*grid, trained_grid=trained_grid)
+            size = f"{grid[0] * f}x{grid[1] * f}"
+            warn(f"{size} px is drawn in {len(scales)} steps instead of {asked}: equal scales merge (at most {most} differ)")
+        return scales
 
 
 def _replaced(defaults: S, **given: Any) -> S:

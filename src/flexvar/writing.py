@@ -1,36 +1,68 @@
-"""Files are written whole or not at all."""
+"""Files and folders are written whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
+Write = Callable[[Path], Any]
+T = TypeVar("T")
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
+
+def write_whole(path: Path, write: Write) -> None:
     """Lets `write` fill a file beside `path` and puts it in place when it is complete: a full disk or a kill leaves the old file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    write_together({path: write})
+
+
+def write_together(writes: Mapping[Path, Write]) -> None:
+    """`write_whole` for files that belong together: they are put in place, in this order, when all of them are complete."""
+    beside = {path: _beside(path) for path in writes}
     try:
-        try:
-            write(beside)
-        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors say that the disk is full
-            raise OSError(f"{path} could not be written ({error}); make room or choose another folder") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EFBIG):
-                raise
-            raise OSError(f"{path} could not be written ({error.strerror or error}); make room or choose another folder") from error
-        mask = os.umask(0)
-        os.umask(mask)
-        beside.chmod(0o666 & ~mask)  # some writers, safetensors' among them, keep others from reading their files
-        with beside.open("r+b") as file:  # Windows syncs no file that is open for reading alone
-            os.fsync(file.fileno())
-        beside.replace(path)
+        for path, write in writes.items():
+            _fill(beside[path], write, path)
+        for path, complete in beside.items():
+            complete.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        for unfinished in beside.values():
+            unfinished.unlink(missing_ok=True)
+
+
+def write_whole_folder(folder: Path, write: Callable[[Path], T]) -> T:
+    """Lets `write` fill a folder beside `folder` and puts it in the place of what is there when it is complete; gives what `write` gives.
+
+    Raises OSError where the folder cannot be replaced: the current one, one above it, or the root of a file system.
+    """
+    folder = folder.resolve()
+    if folder.is_mount() or Path.cwd().is_relative_to(folder):
+        raise OSError(f"{folder} is in use and cannot be replaced as a whole; name a folder in it")
+    make_folder(folder.parent)
+    beside, before = _beside(folder), _beside(folder)
+    try:
+        result = write(beside)
+        if folder.exists():
+            folder.rename(before)
+        beside.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return result
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, unless they are there; OSError, in one line, where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the folder {folder} could not be made ({error.strerror}); choose another") from error
 
 
 def check_writable(*paths: Path | None, overwrite: bool = False) -> None:
@@ -46,3 +78,25 @@ def check_writable(*paths: Path | None, overwrite: bool = False) -> None:
         parent = next(folder for folder in path.resolve().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise OSError(f"{path} cannot be written: {parent} is no folder that takes files; choose another")
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name that no process on any machine chooses twice."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.unfinished")
+
+
+def _fill(beside: Path, write: Write, path: Path) -> None:
+    """Writes a file down to the disk, readable by whom it should be; errors name `path`, for which it is meant."""
+    try:
+        beside.touch()
+        mode = beside.stat().st_mode  # some writers, safetensors' among them, then keep others from reading their files
+        write(beside)
+        beside.chmod(mode)
+        with beside.open("r+b") as file:  # Windows syncs no file that is open for reading alone
+            os.fsync(file.fileno())
+    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors say that the disk is full
+        raise OSError(f"{path} could not be written ({error}); make room or choose another folder") from error
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise OSError(f"{path} could not be written ({error.strerror or error}); make room or choose another folder") from error

@@ -7,10 +7,9 @@ import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 BUNDLED = ("emoji",)
 RELEASED_REPOSITORY = "jiaosiyu1999/FlexVAR"
@@ -56,12 +55,20 @@ def fetch_released(name: str) -> tuple[Path, Path]:
 
     Raises ValueError for a file whose sha256 is known and another.
     """
-    return _checked(RELEASED_TOKENIZER), _checked(RELEASED[name].file)
+    wanted = [RELEASED_TOKENIZER, RELEASED[name].file]
+    folder = _fetched(RELEASED_REPOSITORY, wanted)
+    for file in wanted:
+        if not (folder / file).is_file():
+            raise ValueError(f"{RELEASED_REPOSITORY} gave no {file}; go online, or convert the files from where you have them")
+        if file in SHA256 and (seen := sha256(folder / file)) != SHA256[file]:
+            path = (folder / file).resolve()
+            raise ValueError(f"{path} has sha256 {seen} instead of {SHA256[file]}; delete it, so that it is fetched again")
+    return folder / RELEASED_TOKENIZER, folder / RELEASED[name].file
 
 
 def fetch_folder(repository: str) -> Path:
     """The folder of a model on the Hub, downloaded unless the Hub's cache has it."""
-    return _fetched(huggingface_hub.snapshot_download, repository, allow_patterns=MODEL_FILES)
+    return _fetched(repository, MODEL_FILES)
 
 
 def sha256(path: Path | str) -> str:
@@ -70,28 +77,22 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checked(file: str) -> Path:
-    """A released file, downloaded and compared with the sha256 that is known for it."""
-    path = _fetched(huggingface_hub.hf_hub_download, RELEASED_REPOSITORY, file)
-    if file in SHA256 and (seen := sha256(path)) != SHA256[file]:
-        raise ValueError(f"{path.resolve()} has sha256 {seen} instead of {SHA256[file]}; delete it, so that it is fetched again")
-    return path
+def _fetched(repository: str, files: list[str]) -> Path:
+    """The folder with files of a repository, or one line that says why there is none.
 
-
-def _fetched(fetch: Any, repository: str, *what: str, **options: Any) -> Path:
-    """What a download gives, or one line that says why it does not."""
+    A snapshot even where two files are wanted: asked for one file, the Hub's client tries for half a minute when it is offline.
+    """
     try:
-        return Path(fetch(repository, *what, **options))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ValueError(
             f"{repository!r} is no model: not a bundled or released name ({', '.join(NAMES)}), not a folder, not open to you on the Hub"
         ) from error
     except LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"{repository} is not in the Hub's cache and cannot be reached; go online once, or give a folder or one of {', '.join(BUNDLED)}"
+            f"{repository} is no folder here, not in the Hub's cache and cannot be reached; "
+            f"correct the name, go online once, or give a folder or one of {', '.join(BUNDLED)}"
         ) from error
-    except EntryNotFoundError as error:
-        raise ValueError(f"{repository} on the Hub does not hold {' '.join(what) or 'a model folder'}") from error
     except (HTTPError, ConnectionError, TimeoutError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConnectionError(f"{repository} could not be fetched ({reason}); go online, or give a folder") from error

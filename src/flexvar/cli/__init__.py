@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             words.run(words)
         except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+            if os.environ.get("FLEXVAR_TRACEBACK"):
+                raise
             print(f"flexvar: {_one_line(error)}", file=sys.stderr)
             return 2
         except Exception as error:

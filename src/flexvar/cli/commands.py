@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 Words = argparse.Namespace
 
@@ -54,13 +55,33 @@ def run_convert(words: Words) -> None:
 
 def run_data(words: Words) -> None:
     from flexvar.data import EmojiScenes, Shapes, write_pictures
+    from flexvar.writing import write_whole_folder
 
-    if words.count < 1:
-        raise ValueError(f"--count is {words.count}; it must be at least 1")
+    for name in ("count", "height", "width"):
+        if getattr(words, name) < 1:
+            raise ValueError(f"--{name} is {getattr(words, name)}; it must be at least 1")
+    if words.seed < 0:
+        raise ValueError(f"--seed is {words.seed}; it must be at least 0")
+    _check_replaceable(words.out, words.overwrite)
     source = Shapes(views=words.count) if words.kind == "shapes" else EmojiScenes(words.classes, words.font, views=words.count)
-    size = (words.height, words.width)
-    count = write_pictures(source, words.out, count_per_class=words.count, size=size, seed=words.seed, overwrite=words.overwrite)
+
+    def write(folder: Path) -> int:
+        return write_pictures(source, folder, count_per_class=words.count, size=(words.height, words.width), seed=words.seed)
+
+    count = write_whole_folder(words.out, write)
     print(f"{words.out}: {count} pictures of {len(source.class_names)} classes")
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Raises FileExistsError unless the folder is free, or a data set of ours that may be replaced as a whole."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder for the pictures")
+    if out.is_dir() and any(out.iterdir()):
+        about = out / "README.txt"
+        if not about.is_file() or "Source: flexvar" not in about.read_text(encoding="utf-8", errors="replace"):
+            raise FileExistsError(f"{out} holds what `flexvar data` has not made, and does not remove; choose another folder")
+        if not overwrite:
+            raise FileExistsError(f"{out} holds a data set; choose another folder, or replace all of it with --overwrite")
 
 
 def run_info(words: Words) -> None:
@@ -88,18 +109,23 @@ def run_plan(words: Words) -> None:
     import torch
 
     from flexvar.accounting import plan
-    from flexvar.checkpoint import load_configs
+    from flexvar.checkpoint import Model, load_empty
     from flexvar.models import model_folder
     from flexvar.schedule import Schedule
-    from flexvar.tokenizer import TokenizerConfig
+    from flexvar.settings import Settings
+    from flexvar.tokenizer import Tokenizer, TokenizerConfig
     from flexvar.transformer import TransformerConfig
 
-    tokenizer, transformer = TokenizerConfig(), TransformerConfig(depth=words.depth)
     if words.model:
-        tokenizer, transformer = load_configs(model_folder(words.model))
-    schedule = (
-        Schedule.parse(words.schedule)
-        if words.schedule
-        else Schedule.for_size(words.height, words.width, words.steps, tokenizer.downsample, transformer.trained_grid)
-    )
-    print(plan(transformer, tokenizer, schedule, batch=words.batch, guided=not words.no_guidance, dtype=getattr(torch, words.dtype)))
+        model = load_empty(model_folder(words.model))
+        if model.transformer is None:
+            raise ValueError(f"{words.model} holds a tokenizer only; train a transformer on it first")
+        transformer = model.transformer.config
+    else:
+        with torch.device("meta"):
+            model = Model(Tokenizer(TokenizerConfig()))  # with the defaults of the released models
+        transformer = TransformerConfig(depth=words.depth)
+    asked = None if words.schedule is None else Schedule.parse(words.schedule)
+    schedule = Settings(model).schedule_of(words.height, words.width, words.steps, asked)
+    dtype, guided = getattr(torch, words.dtype), not words.no_guidance
+    print(plan(transformer, model.tokenizer.config, schedule, batch=words.batch, guided=guided, dtype=dtype))

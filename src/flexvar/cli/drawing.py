@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def run_sample(words: Words) -> None:
     from flexvar.pipeline import FlexVARPipeline
-    from flexvar.progress import progress
+    from flexvar.progress import progress, within
     from flexvar.schedule import Schedule
     from flexvar.sheet import in_rows, sheet
 
@@ -29,13 +29,14 @@ def run_sample(words: Words) -> None:
     _refuse_existing(planned, words.overwrite)
     settings = {"height": words.height, "width": words.width, **settings_of(words)}
     guidance, sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
+    scales = len(pipe.settings.schedule_of(**settings))
     dtype = move(pipe, words)
     pictures: list[Image.Image] = []
     for start in progress(range(0, len(labels), words.batch), "drawing"):
         part = slice(start, start + words.batch)
         drawing = pipe.stream(asked[part], seed=seeds[part], **settings)  # complains of wrong settings at once
         _make_folder(words.out)
-        steps = list(drawing)
+        steps = list(within(drawing, scales, "scales"))
         for i, picture in enumerate(_painted(steps[-1])):
             stem, seed = stems[start + i], seeds[start + i]
             facts = {"model": words.model, "class": pipe.class_name(labels[start + i]), "seed": seed, "dtype": dtype}
@@ -43,8 +44,8 @@ def run_sample(words: Words) -> None:
             _save_picture(picture, words.out / f"{stem}.png", facts)
             pictures.append(picture)
         if words.strip:
-            for i, scales in enumerate(zip(*(_painted(step) for step in steps), strict=True)):
-                row = [scale.resize(scales[-1].size, resample=0) for scale in scales]
+            for i, strip in enumerate(zip(*(_painted(step) for step in steps), strict=True)):
+                row = [scale.resize(strip[-1].size, resample=0) for scale in strip]
                 caption = [f"{h} x {w}" for h, w in (step.size for step in steps)]
                 _save_picture(sheet([row], [caption]), words.out / f"{stems[start + i]}-strip.png")
     if words.grid:
@@ -59,7 +60,7 @@ def run_edit(words: Words) -> None:
     from flexvar import editing
     from flexvar.data.given import over_white, pictures_of, read_given
     from flexvar.pipeline import FlexVARPipeline
-    from flexvar.progress import progress
+    from flexvar.progress import progress, within
     from flexvar.schedule import Schedule
     from flexvar.sheet import sheet, to_pil
 
@@ -81,11 +82,12 @@ def run_edit(words: Words) -> None:
     dtype = move(pipe, words)
     for image in progress(list(stems), "editing"):
         finished: list[Image.Image] = []
+        scales = len(pipe.settings.schedule_of(edit=edits[image], **settings))
         for start in range(0, len(labels), words.batch):
             part = slice(start, start + words.batch)
             drawing = pipe.stream(asked[part], edit=edits[image], seed=seeds[part], **settings)  # complains of wrong settings at once
             _make_folder(words.out)
-            steps = list(drawing)
+            steps = list(within(drawing, scales, "scales"))
             facts = {"model": words.model, "edit": operation, "of": Path(image).name, "dtype": dtype}
             facts |= {name: value for name, value in own.items() if name != "mask"}
             facts |= {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
@@ -105,11 +107,13 @@ def run_edit(words: Words) -> None:
 
 def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[int], list[int], list[str]]:
     """For each picture to be drawn the class as it was typed, its index, the seed, and what to call it."""
+    from flexvar.arguments import seeds_of
+
     for name in ("count", "batch"):
         if getattr(words, name) < 1:
             raise ValueError(f"--{name} is {getattr(words, name)}; it must be at least 1")
     asked = [word for word in words.classes or [None] for _ in range(words.count)]
-    labels, seeds = pipe.labels_of(asked), [words.seed + i for i in range(len(asked))]
+    labels, seeds = pipe.labels_of(asked), seeds_of(words.seed, len(asked))
     return asked, labels, seeds, [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
 
 

@@ -207,9 +207,7 @@ def _evaluate(pictures: PictureSet, words: Words, **kept: Path | None) -> None:
 
     extractor = _extractor(words)
     with processes(torch.device("cpu"), PATIENCE):  # they only wait for each other, which needs no accelerator
-        report = evaluate(
-            pictures, words.reference, extractor, words.out, intervals=words.intervals, overwrite=words.overwrite, **kept
-        )
+        report = evaluate(pictures, words.reference, extractor, words.out, intervals=words.intervals, overwrite=words.overwrite, **kept)
     if report is not None:
         print(report.table())
         print(words.out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from flexvar.schedule import NAMED
+
 Parser = argparse.ArgumentParser
 
 DEVICES = "cpu, cuda, cuda:1, mps (default: the accelerator, if there is one)"
@@ -42,16 +44,27 @@ def add_drawing(command: Parser) -> None:
 
 
 def add_settings(command: Parser) -> None:
-    command.add_argument("--steps", type=int, help="scales, at least 2 (default: the model's)")
-    command.add_argument("--schedule", metavar="SCALES", help="the scales themselves: 1,2,4,6 or 1x1,2x3,4x6, or a published name")
-    command.add_argument("--guidance-scale", type=float, help="1 switches guidance off, 0 the official ramp (default: the model's)")
-    command.add_argument("--guidance", choices=["ramp", "constant", "official-ramp"], help="how guidance grows over the scales")
+    add_schedule(command)
+    command.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="W",
+        help="how strongly the class is followed: 2.5, say; 1 switches guidance off, for official-ramp 0 does (default: the model's)",
+    )
+    kinds = ["ramp", "constant", "official-ramp"]
+    command.add_argument("--guidance", choices=kinds, help="how it grows over the scales (default: the model's)")
     command.add_argument("--split-guidance", action="store_true", help="draw with and without the class in turn: less memory")
     command.add_argument("--guidance-stop", type=int, metavar="N", help="guide the first N scales only: the others cost half")
     command.add_argument("--top-k", type=int, help="candidates kept, 0 for all")
     command.add_argument("--top-p", type=float, help="probability that the candidates reach, 0 or 1 for no limit")
     command.add_argument("--temperature", type=float, help="logits are divided by it")
     command.add_argument("--greedy", help="none, official, or the scales that take the likeliest code: 7,9 or 4x6")
+
+
+def add_schedule(command: Parser) -> None:
+    command.add_argument("--steps", type=int, help="scales, at least 2 (default: the model's)")
+    help = f"instead of size and steps, the scales themselves, 1,2,4,6 or 1x1,2x3,4x6 in codes, or one of {', '.join(NAMED)}"
+    command.add_argument("--schedule", metavar="SCALES", help=help)
 
 
 def add_device(command: Parser) -> None:

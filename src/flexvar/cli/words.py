@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flexvar.cli.commands import Words, run_cache, run_convert, run_data, run_info, run_plan, run_train
 from flexvar.cli.drawing import run_edit, run_sample
 from flexvar.cli.evaluating import add_evaluations
-from flexvar.cli.phrases import add_drawing, add_model, add_overwrite, add_size
+from flexvar.cli.phrases import add_drawing, add_model, add_overwrite, add_schedule, add_size
 
 EDITS = (
     ("refine", "Keep the coarse scales of pictures and draw the others again.", "photo.png --strength 0.6 --class octopus"),
@@ -20,10 +20,21 @@ EDITS = (
 )
 
 
+class OneLine(argparse.ArgumentParser):
+    """A parser that says a mistake in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit status 2."""
+        self.exit(2, f"flexvar: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands with their words, help and an example each."""
-    top = argparse.ArgumentParser(
-        prog="flexvar", description="Visual autoregressive modelling at any size, aspect ratio and number of steps."
+    top = OneLine(
+        prog="flexvar",
+        description="Visual autoregressive modelling at any size, aspect ratio and number of steps.",
+        epilog="exit status: 0; 2 after a mistake, which one line on stderr explains (and a traceback with FLEXVAR_TRACEBACK=1 in the "
+        "environment); 130 after Ctrl-C",
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -90,12 +101,13 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--width", type=int, default=64, help="pixels (default: 64)")
         added.add_argument("--seed", type=int, default=0, help="(default: 0)")
         if kind == "emoji":
-            added.add_argument("--classes", nargs="+", metavar="NAME", help="emoji by name (default: every one of the font, about 1,400)")
+            names_help = "emoji by name, as red heart or heart (default: every one of the font, about 1,400)"
+            added.add_argument("--classes", nargs="+", metavar="NAME", help=names_help)
             added.add_argument("--font", type=Path, help="a NotoColorEmoji.ttf (default: the installed one)")
         add_overwrite(added)
         added.set_defaults(kind=kind)
 
-    info = command("info", run_info, "Say what a model is: sizes, classes, defaults, how it came to be.", "info emoji")
+    info = command("info", run_info, "Say what a model is: sizes, the names of its classes, defaults, how it came to be.", "info emoji")
     info.add_argument("model", nargs="?", default="emoji", metavar="MODEL", help="a bundled name, a folder or a Hub id (default: emoji)")
 
     plan = command(
@@ -107,10 +119,8 @@ def parser() -> argparse.ArgumentParser:
     which = plan.add_mutually_exclusive_group()
     which.add_argument("--depth", type=int, default=16, help="of a released model (default: 16)")
     which.add_argument("--model", help="instead of a depth: a model's name or folder")
-    plan.add_argument("--height", type=int, default=256, help="pixels (default: 256)")
-    plan.add_argument("--width", type=int, default=256, help="pixels (default: 256)")
-    plan.add_argument("--steps", type=int, default=10, help="scales (default: 10)")
-    plan.add_argument("--schedule", metavar="SCALES", help="instead of size and steps: 1,2,4 or 1x1,2x3, or a published name")
+    add_size(plan)
+    add_schedule(plan)
     plan.add_argument("--batch", type=int, default=1, help="pictures drawn at the same time (default: 1)")
     plan.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(default: float32)")
     plan.add_argument("--no-guidance", action="store_true", help="without classifier-free guidance")
@@ -136,7 +146,8 @@ def _add_edit(command: argparse.ArgumentParser, name: str) -> None:
     if name in ("inpaint", "outpaint"):
         command.add_argument("--feather", type=int, help="pixels over which the drawing meets its border, 0 for none (default: a code's)")
         command.add_argument("--no-paste", action="store_false", dest="paste", help="leave the picture as the tokenizer gives it back")
-        command.add_argument("--mask-rule", choices=["any", "majority", "all"], help="coarse cells drawn (default: all white)")
+        rule_help = "which cells of coarse scales are drawn: those with any white, with mostly white, or all white (default: all)"
+        command.add_argument("--mask-rule", choices=["any", "majority", "all"], help=rule_help)
     command.add_argument("--max-pixels", type=int, help="above so many, a reduced copy is drawn (default: 4 times the trained size)")
     command.add_argument("--sheet", action="store_true", help="also one picture of before, mask and after")
     add_drawing(command)

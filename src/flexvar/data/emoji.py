@@ -71,7 +71,8 @@ RUDE = ("shit", "fu")  # other names that are left out
 class EmojiScenes:
     """A PictureSource of emoji on plain backgrounds: one class an emoji, endlessly many scenes.
 
-    `classes` are names such as "pizza" or "cat face" (see `every_emoji`; None means all of them, about 1,400), `font`
+    `classes` are names such as "pizza" or "cat face" (see `every_emoji`; None means all of them, about 1,400) or other
+    names for them ("heart", see `emoji_aliases`; the class has the name all the same), `font`
     is a NotoColorEmoji.ttf (None means the installed one), and an epoch holds `views` pictures of each class. Picture
     `index` has label index % number of classes.
 
@@ -119,7 +120,7 @@ def find_font(font: Path | None = None) -> Path:
             return path
     raise FileNotFoundError(
         (f"no emoji font at {asked}" if asked else "the font NotoColorEmoji.ttf is not installed")
-        + ": install the Debian package fonts-noto-color-emoji, or give its path as font= or in FLEXVAR_EMOJI_FONT"
+        + ": install the Debian package fonts-noto-color-emoji, or give its path as --font (font=) or in FLEXVAR_EMOJI_FONT"
     )
 
 
@@ -139,6 +140,14 @@ def every_emoji(font: Path) -> dict[str, str]:
         seen.add(bitmap.tobytes())
         found[name] = character
     return found
+
+
+def are_emoji(names: Sequence[str]) -> bool:
+    """Whether all of these are names of emoji; False where the `emoji` package, which knows them, is not installed."""
+    try:
+        return set(names) <= set(_named_characters())
+    except ModuleNotFoundError:
+        return False
 
 
 def emoji_aliases(names: Sequence[str]) -> dict[str, str]:
@@ -249,15 +258,22 @@ def _looks(font: Path, character: str) -> list[Image.Image]:
 
 
 def _characters_of(names: Sequence[str], font: Path) -> dict[str, str]:
-    """Name -> character for the names asked for, in their order."""
+    """Name -> character for the emoji asked for by name, by another name or in another case, in their order."""
     known = _named_characters()
-    for name in names:
+    called = {**emoji_aliases(list(known)), **{name: name for name in known}}
+    called = {other.casefold(): name for other, name in called.items()}
+    found: dict[str, str] = {}
+    for asked in names:
+        name = called.get(asked.casefold(), asked)
         if name not in known or glyph(font, known[name]) is None:
-            near = ", ".join(repr(other) for other in difflib.get_close_matches(name, known, 3))
-            raise ValueError(f"no emoji is called {name!r}: " + (f"try {near}" if near else "see every_emoji()"))
-    if not names or len(set(names)) < len(names):
-        raise ValueError("classes must be different emoji names, at least one: remove the repeated ones")
-    return {name: known[name] for name in names}
+            near = ", ".join(repr(other) for other in difflib.get_close_matches(asked.casefold(), called, 3))
+            raise ValueError(f"no emoji is called {asked!r}: " + (f"try {near}" if near else "flexvar.data.every_emoji() names them all"))
+        if name in found:
+            raise ValueError(f"classes name the emoji {name!r} twice: name each once")
+        found[name] = known[name]
+    if not found:
+        raise ValueError("classes is empty: name at least one emoji, or none at all for every one of the font")
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -285,4 +301,4 @@ def _typeface(font: Path) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(font), STRIKE)
     except OSError:
-        raise ValueError(f"{font} has no bitmaps of {STRIKE} px: give a NotoColorEmoji.ttf as font=") from None
+        raise ValueError(f"{font} has no bitmaps of {STRIKE} px: give a NotoColorEmoji.ttf as --font (font=)") from None

@@ -1,4 +1,4 @@
-"""Pictures and masks as users hand them over: PIL, arrays or tensors, one or several, in whatever mode and depth."""
+"""Pictures and masks as users hand them over: PIL, arrays, tensors or paths, one or several, in whatever mode and depth."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from flexvar.data.images import decoded, upright_rgb
 
-OnePicture: TypeAlias = Image.Image | np.ndarray | Tensor
+OnePicture: TypeAlias = Image.Image | np.ndarray | Tensor | str | Path
 GivenPictures: TypeAlias = OnePicture | Sequence[OnePicture]
 
 
 def pictures_of(image: GivenPictures, what: str = "the image") -> Tensor:
     """Pictures (B, 4, H, W), float32 in [0, 1]: red, green, blue and how opaque each pixel is.
 
-    image: one or a list of them, all of one size. PIL pictures of any mode, turned as their EXIF tag says. Arrays (H, W), (H, W, C) or
-    (B, H, W, C) and tensors (H, W), (C, H, W) or (B, C, H, W) with 1, 3 or 4 channels: integers over their whole range, or floats in
-    [0, 1]. Raises ValueError, in one line, for anything else.
+    image: one or a list of them, all of one size. PIL pictures of any mode or paths of files, turned as their EXIF tag says. Arrays
+    (H, W), (H, W, C) or (B, H, W, C) and tensors (H, W), (C, H, W) or (B, C, H, W) with 1, 3 or 4 channels: integers over their whole
+    range, or floats in [0, 1]. Raises ValueError, in one line, for anything else, and FileNotFoundError for a path without a file.
     """
     if isinstance(image, list | tuple):
         if not image:
@@ -72,6 +72,8 @@ def mask_of(mask: GivenPictures, size: tuple[int, int]) -> Tensor:
 
 def _channels_first(image: Any, what: str) -> Tensor:
     """Any single picture, or batch in one array, as (B, C, H, W) float32."""
+    if isinstance(image, str | Path):
+        image = read_given(image)
     if isinstance(image, Image.Image):
         if image.mode == "F":
             raise ValueError(f"{what} holds numbers of unknown range (mode F); give it as an array, floats from 0 to 1")
@@ -85,7 +87,8 @@ def _channels_first(image: Any, what: str) -> Tensor:
     elif isinstance(image, Tensor):
         tensor = image.detach().float().cpu() / _largest(str(image.dtype).removeprefix("torch."), what)
     else:
-        raise ValueError(f"{what} is a {type(image).__name__}; give a PIL picture, for example from PIL.Image.open, an array or a tensor")
+        forms = "a PIL picture, for example from PIL.Image.open, an array, a tensor or a path"
+        raise ValueError(f"{what} is a {type(image).__name__}; give {forms}")
     tensor = tensor[None] if tensor.ndim == 2 else tensor
     tensor = tensor[None] if tensor.ndim == 3 else tensor
     if tensor.ndim != 4 or tensor.shape[1] not in (1, 3, 4):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flexvar.arguments import seeds_of
 from flexvar.evaluation.stored import AT_ONCE
 from flexvar.models import model_folder
 from flexvar.pipeline import FlexVARPipeline
@@ -32,6 +33,7 @@ class DrawnPictures:
         self.pipe, self.name, self.per_class, self.seed, self.batch = pipe, name, per_class, seed, batch
         self._classes, self._settings = pipe.transformer.config.classes, settings
         self.caveats: list[str] = []
+        self._seeds = seeds_of(seed, len(self))
         # Complains of wrong settings now, before anything is drawn.
         self.schedule: Schedule = pipe.settings.schedule_of(**settings)
         self._guidance, self._sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
@@ -47,7 +49,7 @@ class DrawnPictures:
     def batches(self, part: range) -> Iterator[Tensor]:
         for start in range(part.start, part.stop, self.batch):
             places = range(start, min(start + self.batch, part.stop))
-            labels, seeds = [place % self._classes for place in places], [self.seed + place for place in places]
+            labels, seeds = [place % self._classes for place in places], [self._seeds[place] for place in places]
             *_, last = self.pipe.stream(labels, seed=seeds, **self._settings)
             if not last.images.isfinite().all():
                 raise ValueError(f"{self.name} drew pictures that are not finite; check its weights, or draw with --dtype float32")

@@ -74,8 +74,8 @@ class _Run:
         self.told_to_stop = self.stopping = False  # this process, by a signal; all of them
         self._resume()
         self.first_step = self.step  # of this piece of the run
-        for part in workshop.to_compile() if config.compile else []:
-            part.compile(backend=config.compile, dynamic=True)
+        for part, method in workshop.to_compile() if config.compile else []:
+            setattr(part, method, torch.compile(getattr(part, method), backend=config.compile, dynamic=True))
         self.wrapped: nn.Module = self.workshop
         if world > 1:  # an adversary learns nothing until its first step
             self.wrapped = DistributedDataParallel(self.workshop, find_unused_parameters=workshop.adversary is not None)

@@ -1,10 +1,10 @@
 """What lies in the folder of a run: checkpoints to go on from, the log, sheets, models. Nothing is ever half-written.
 
-    config.yaml             all settings, defaults included
-    log.jsonl               a line a report, a line a measurement
-    sheets/                 pictures to look at
-    checkpoints/            step-0000500.pt and so on: the latest ones and the best one
-    model/  best/           the averaged weights of the latest and of the best checkpoint, ready for `flexvar sample`
+config.yaml             all settings, defaults included
+log.jsonl               a line a report, a line a measurement
+sheets/                 pictures to look at
+checkpoints/            step-0000500.pt and so on: the latest ones and the best one
+model/  best/           the averaged weights of the latest and of the best checkpoint, ready for `flexvar sample`
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from flexvar.evaluation.reconstruction import quality_by_scale, use_of_all
 from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.sheet import sheet, to_pil
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
+from flexvar.tokenizer.networks import ResidualBlock
 from flexvar.training import losses
 from flexvar.training.adversary import Discriminator, generator_loss, hinge_loss, judged_without_learning
 from flexvar.training.meter import Figures
@@ -44,7 +45,8 @@ class TokenizerWorkshop(Workshop):
         self.frozen: list[LPIPS] = self._lpips()  # in a list, so that it is not one of this module's own parts
         self.examples = examples  # (N, 3, H, W) uint8, for the sheets
         self.used = torch.zeros(config.model.codebook_size)  # since unused codes were last looked for; each process counts its own share
-        self.latest = torch.empty(0)  # feature vectors (N, C) of the last batch, from which codes start anew
+        self.latest = torch.empty(0)  # feature vectors (B, L, C) of the last batch, of all scales, from which codes start anew
+        self.continuous = round(config.continuous * config.steps)  # steps before codes take the place of features
 
     def _adversary(self) -> Discriminator | None:
         asked = self.config.adversary
@@ -70,8 +72,9 @@ class TokenizerWorkshop(Workshop):
     def network(self) -> Tokenizer:
         return self.tokenizer
 
-    def to_compile(self) -> list[nn.Module]:
-        return [self.tokenizer.encoder, self.tokenizer.decoder]
+    def to_compile(self) -> list[tuple[nn.Module, str]]:
+        # Inductor compiles convolutions for each size anew; of attention between sides that are unknown it makes nothing at all.
+        return [(module, "forward") for module in self.tokenizer.modules() if isinstance(module, ResidualBlock)]
 
     # -- the loss --
 
@@ -81,7 +84,7 @@ class TokenizerWorkshop(Workshop):
         features = network.features(images).float()  # (B, C, h, w)
         native = grid_of(images.shape[-2], images.shape[-1], network.config.downsample)
         sizes = random_scales(config.scales, native, step_random(config.seed, batch.step, "scales"))
-        quantising = batch.step >= config.continuous * config.steps
+        quantising = batch.step >= self.continuous
         terms: dict[str, list[Tensor]] = {}
         vectors: list[Tensor] = []
         for size in sizes:
@@ -102,8 +105,8 @@ class TokenizerWorkshop(Workshop):
                 terms.setdefault(name, []).append(term)
             self.used = self.used.to(codes.device)
             self.used.index_add_(0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=self.used.dtype))
-            vectors.append(z.detach().reshape(-1, z.shape[-1]))
-        self.latest = torch.cat(vectors)
+            vectors.append(z.detach().flatten(1, 2))
+        self.latest = torch.cat(vectors, 1)  # (B, L, C)
         # All scales count alike, those too: a term that leaves some out is still divided by all of them.
         means = {name: torch.stack(values).sum() / len(sizes) for name, values in terms.items()}
         total = sum((weight * means[name] for name, weight in self._weights().items() if name in means), images.new_zeros(()))
@@ -147,12 +150,21 @@ class TokenizerWorkshop(Workshop):
             dist.all_reduce(used)
         return used
 
-    def get_extra_state(self) -> Tensor:
-        return self._used_anywhere().cpu()
+    def _latest_anywhere(self) -> Tensor:
+        """The feature vectors (N, C) of all processes, in the order in which a single one would have them."""
+        shares = [self.latest]
+        if dist.is_initialized():
+            shares = [torch.empty_like(self.latest) for _ in range(dist.get_world_size())]
+            dist.all_gather(shares, self.latest)
+        return torch.cat(shares).flatten(0, 1)
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"used": self._used_anywhere().cpu(), "continuous": self.continuous}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         first = not dist.is_initialized() or dist.get_rank() == 0
-        self.used = state.cpu().clone() if first else torch.zeros_like(self.used)
+        self.used = state["used"].cpu().clone() if first else torch.zeros_like(self.used)
+        self.continuous = min(self.continuous, state["continuous"])  # more steps make no codes go back to features
 
     @torch.no_grad()
     def after_step(self, step: int, optimiser: torch.optim.Optimizer) -> None:
@@ -163,10 +175,9 @@ class TokenizerWorkshop(Workshop):
         self.used.zero_()
         if step > (1 - SETTLING) * self.config.steps:
             return
-        chosen = torch.randint(len(self.latest), (len(unused),), generator=torch.Generator().manual_seed(step))
-        fresh = self.latest[chosen.to(self.latest.device)]  # (unused, C)
-        if dist.is_initialized():
-            dist.broadcast(fresh, 0)
+        latest = self._latest_anywhere()  # (N, C)
+        chosen = torch.randint(len(latest), (len(unused),), generator=torch.Generator().manual_seed(step))
+        fresh = latest[chosen.to(latest.device)]  # (unused, C)
         codebook = self.tokenizer.quantizer.codebook
         codebook[unused] = fresh.to(codebook.dtype)
         for name in ("exp_avg", "exp_avg_sq"):
@@ -198,7 +209,7 @@ class TokenizerWorkshop(Workshop):
             for size in [(h, w), (max(1, h // 2), max(1, w // 2)), (max(1, h // 4), max(1, w // 4))]:
                 (codes,) = network.codes(features, [size])
                 rows.append(F.interpolate(network.decode(codes), images.shape[-2:], mode="nearest"))
-        sheet([to_pil(row) for row in rows]).save(path)
+        sheet([to_pil(row) for row in rows]).save(path, "PNG")
 
     def finished(self, network: nn.Module, provenance: dict[str, Any]) -> Model:
         assert isinstance(network, Tokenizer)

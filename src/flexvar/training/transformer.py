@@ -45,8 +45,9 @@ class TransformerWorkshop(Workshop):
     def network(self) -> Transformer:
         return self.transformer
 
-    def to_compile(self) -> list[nn.Module]:
-        return list(self.transformer.blocks)
+    def to_compile(self) -> list[tuple[nn.Module, str]]:
+        # What stands before and after attention, which is one call or a call a scale, and their number changes from step to step.
+        return [(block, half) for block in self.transformer.layers for half in ("before", "after")]
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
         assert isinstance(network, Transformer)
@@ -129,7 +130,7 @@ class TransformerWorkshop(Workshop):
                 seeds=range(len(labels)),
             )
             rows.append(to_pil(last.images))
-        sheet(rows).save(path)
+        sheet(rows).save(path, "PNG")
 
     def _defaults(self) -> Defaults:
         height, width = self.config.sizes[0]
