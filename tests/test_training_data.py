@@ -181,6 +181,9 @@ def test_a_cache_goes_on_is_checked_and_refused(tokenizer: Path, tmp_path: Path,
     assert main([*command, "views=2"]) == 2
     assert "views is 3, not 2" in capsys.readouterr().err
     assert main([*command, "views=2", "--overwrite"]) == 0
+    assert main([*training, "sizes=[[16, 16], [24, 24]]"]) == 2
+    assert "size 24x24 is not cached" in (error := capsys.readouterr().err)
+    assert "holds 16x16, 16x24 (height x width)" in error
     other = tokenizer_config(tmp_path, name="other")
     assert main(["train", "tokenizer", str(other), "seed=1"]) == 0
     assert main([*training, f"tokenizer={tmp_path / 'other' / 'model'}"]) == 2

@@ -56,6 +56,11 @@ def test_the_same_training_another_way(words: list[str], tokenizer: Path, tmp_pa
     assert_alike(run(tokenizer, tmp_path, "one"), run(tokenizer, tmp_path, "two", *words))
 
 
+@pytest.mark.slow
+def test_compiled_by_inductor_it_is_the_same_training(tokenizer: Path, tmp_path: Path, capsys) -> None:
+    assert_alike(run(tokenizer, tmp_path, "one"), run(tokenizer, tmp_path, "two", "compile=inductor"))
+
+
 def test_parts_of_a_tokenizer_step_are_the_step(tmp_path: Path, capsys) -> None:
     words = ["restart_every=0", "adversary.weight=0.1", "adversary.start=0", "adversary.channels=8", "adversary.layers=1", "smallest=8"]
     for name, parts in (("one", 1), ("two", 2)):
@@ -251,6 +256,25 @@ def test_stopped_with_workers_it_saves_and_goes_on(number: signal.Signals, token
     assert 0 < step < 2000
     assert main(["train", "transformer", str(config), f"steps={step + 2}"]) == 0
     assert [report["step"] for report in reports(tmp_path / "stopped")] == list(range(1, step + 3))
+
+
+def test_told_to_stop_once_more_it_ends_at_once(tokenizer: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def one(self: _Run, batch) -> tuple[float, float]:
+        if self.step == 2:
+            for at in seconds:
+                monkeypatch.setattr("flexvar.training.loop.time.monotonic", lambda at=at: at)
+                os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch)
+
+    original = _Run._one
+    monkeypatch.setattr(_Run, "_one", one)
+    command = ["train", "transformer", str(transformer_config(tmp_path, tokenizer, steps=2000)), "save_every=1000"]
+    seconds = [100.0, 101.0]  # told once, by two
+    assert main(command) == 130
+    assert newest_state(tmp_path / "transformer")["step"] == 3
+    seconds = [100.0, 106.0]
+    assert main([*command, f"run={tmp_path / 'again'}"]) == 130
+    assert not list((tmp_path / "again" / "checkpoints").iterdir())
 
 
 ONE_IS_TOLD_TO_STOP = """

@@ -227,15 +227,19 @@ class FeatureCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # an open file cannot be sent to a worker process
 
+    def check_size(self, size: Size) -> None:
+        """Raises ValueError for a size = (height, width) that is not cached."""
+        if size not in self.settings.sizes:
+            cached = ", ".join(map(_name, self.settings.sizes))
+            raise ValueError(f"size {_name(size)} is not cached: {self.folder} holds {cached} (height x width); ask for one of them")
+
     def draw(self, index: int, size: Size, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """Features (C, h, w) float16 of the view of picture `index` at `size` = (height, width) that FixedViews draws, and its label.
 
         Raises IndexError for a picture that does not exist and ValueError for a size that is not cached.
         """
         check_request(index, len(self), size)
-        if size not in self.settings.sizes:
-            cached = ", ".join(map(_name, self.settings.sizes))
-            raise ValueError(f"size {_name(size)} is not cached: {self.folder} holds {cached} (height x width); ask for one of them")
+        self.check_size(size)
         view = int(rng.integers(self.settings.views))
         shard, row = divmod(index, self.settings.pictures_per_shard)
         if shard not in self._files:

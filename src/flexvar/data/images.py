@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from flexvar.data.source import check_request
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Augmentation:
 
 
 class ImageFolder:
-    """A PictureSource over a folder of class folders, in sorted order: `root`/<class>/**/*.png, jpg, jpeg, webp or bmp.
+    """A PictureSource over a folder of class folders, in sorted order: `root`/<class>/**/*.png, jpg and so on (`EXTENSIONS`).
 
     A folder that holds pictures and no class folders is one class with the folder's name. Folders with ImageNet's
     names (n01440764) get the class's English name (tench).

@@ -70,7 +70,7 @@ def write_pictures(
         raise FileExistsError(f"{out} is not empty: choose another folder, or overwrite it with --overwrite")
 
     classes = len(source.class_names)
-    for place in progress(range(classes * count_per_class), f"writing {out}"):
+    for place in progress(range(classes * count_per_class), "writing pictures"):
         label, number = divmod(place, count_per_class)
         pixels, drawn = source.draw((number * classes + label) % len(source), size, np.random.default_rng((seed, label, number)))
         if drawn != label:

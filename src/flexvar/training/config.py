@@ -32,7 +32,8 @@ def read_config(kind: type[C], path: Path | str, words: Sequence[str] = ()) -> C
     read = _parsed(str(path), partial(OmegaConf.load, path))
     if not isinstance(read, DictConfig):
         raise ValueError(f"{path} holds a list at its top level; write settings, one `key: value` a line")
-    told = [_parsed(repr(word), partial(OmegaConf.from_dotlist, [word])) for word in words]
+    whole = [f"{word}''" if word.endswith("=") else word for word in words]  # `init_from=` empties it
+    told = [_parsed(repr(word), partial(OmegaConf.from_dotlist, [word])) for word in whole]
     merged, key = OmegaConf.structured(kind), ""
     try:
         for settings in (read, *told):

@@ -11,6 +11,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +34,37 @@ from flexvar.training.run_folder import RunFolder
 from flexvar.training.settings import RunConfig
 from flexvar.training.workshop import Workshop
 
+ONCE = 5.0  # seconds within which several signals to stop are one
+
 Batches = Callable[[int, int, int], "DataLoader[Batch]"]
 """The batches of this process from a step to another, and for a stream from a shard on: (first step, last step, first shard)."""
 
 
-def train(
-    workshop: Workshop, batches: Batches, held_out: list[Batch], config: RunConfig, *, rank: int, world: int, device: torch.device
-) -> Path:
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from."""
+
+    batches: Batches
+    held_out: list[Batch]  # to measure on; empty on all processes but the first
+    pictures: int = 0  # of an epoch; 0 where nobody knows
+    class_names: tuple[str, ...] = ()  # of the labels, where these are learnt
+
+
+def train(workshop: Workshop, data: Data, config: RunConfig, *, rank: int, world: int, device: torch.device) -> Path:
     """Trains until `config.steps`; gives the model folder. Goes on from the run folder's newest checkpoint when there is one."""
-    return _Run(workshop, batches, held_out, config, rank, world, device).train()
+    return _Run(workshop, data, config, rank, world, device).train()
 
 
 class _Run:
     """The state of one run on one process."""
 
-    def __init__(
-        self, workshop: Workshop, batches: Batches, held_out: list[Batch], config: RunConfig, rank: int, world: int, device: torch.device
-    ) -> None:
+    def __init__(self, workshop: Workshop, data: Data, config: RunConfig, rank: int, world: int, device: torch.device) -> None:
         if (share := shared(config.batch, world)) % config.accumulate:
             raise ValueError(f"a process's share of {share} pictures cannot be worked off in {config.accumulate} parts; make it a multiple")
         self.config, self.rank, self.device = config, rank, device
         self.folder = RunFolder(Path(config.run), config.keep)
         self.workshop, self.network = workshop.to(device), workshop.network
-        self.batches, self.held_out = batches, held_out
+        self.data = data
         self.dtype = precision(config.precision, device)
         self.optimiser = torch.optim.AdamW(
             parameter_groups(workshop, config.optimiser.weight_decay),
@@ -71,11 +82,11 @@ class _Run:
         self.shards: dict[int, int] = {}  # of a stream: the shard that each lane is at
         self.first_shard = 0
         self.unreadable: set[str] = set()
-        self.told_to_stop = self.stopping = False  # this process, by a signal; all of them
+        self.told_to_stop = 0.0  # when, by a signal to this process
+        self.stopping = False  # all of them
         self._resume()
         self.first_step = self.step  # of this piece of the run
-        for part, method in workshop.to_compile() if config.compile else []:
-            setattr(part, method, torch.compile(getattr(part, method), backend=config.compile, dynamic=True))
+        workshop.speed_up()
         self.wrapped: nn.Module = self.workshop
         if world > 1:  # an adversary learns nothing until its first step
             self.wrapped = DistributedDataParallel(self.workshop, find_unused_parameters=workshop.adversary is not None)
@@ -88,13 +99,13 @@ class _Run:
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._run(iter(self.batches(self.step, self.config.steps, self.first_shard)), bar)
+            self._run(iter(self.data.batches(self.step, self.config.steps, self.first_shard)), bar)
         finally:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if self.unreadable:
-            self._say(count_of_unreadable(self.unreadable))
+        if unreadable := self._anywhere(self.unreadable):
+            self._say(count_of_unreadable(unreadable))
         if self.stopping:
             self._say(f"stopped at step {self.step} and saved; the same command goes on")
             raise KeyboardInterrupt
@@ -121,7 +132,7 @@ class _Run:
                 self._report(figures | nested(averages) | self._speed(self.step - reported_at, seconds))
                 reported_at, seconds = self.step, 0.0
             if self.rank == 0 and (self.step % config.sheet_every == 0 or self.step == config.steps):
-                self.workshop.sheet(self.average, self.folder.sheets / f"step-{self.step:07d}.png")
+                self.folder.write_sheet(self.step, partial(self.workshop.sheet, self.average))
             if saving:
                 self._save()
             if reporting or saving:
@@ -171,7 +182,7 @@ class _Run:
 
         The one place where a usual step waits for the device. It has to: without finite gradients there is no step.
         """
-        told = torch.full((), float(self.told_to_stop), device=self.device)
+        told = torch.full((), float(self.told_to_stop > 0), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(told, dist.ReduceOp.MAX)
         *read, stop = torch.stack([scalar.to(self.device) for scalar in (*norms, told)]).tolist()  # of no gradients it is on the CPU
@@ -222,6 +233,8 @@ class _Run:
             "skipped": self.skipped,
             "first_shard": first_shard,
             "best": self.best,
+            "pictures": self.data.pictures,
+            "class_names": list(self.data.class_names),
             "workshop": workshop,
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -239,7 +252,16 @@ class _Run:
 
     def _measure(self) -> dict[str, Any]:
         with torch.no_grad(), self._autocast():
-            return self.workshop.measured(self.average, [batch.to(self.device) for batch in self.held_out]) if self.held_out else {}
+            held_out = [batch.to(self.device) for batch in self.data.held_out]
+            return self.workshop.measured(self.average, held_out) if held_out else {}
+
+    def _anywhere(self, names: set[str]) -> set[str]:
+        """The names that this process or another one has."""
+        if not dist.is_initialized():
+            return names
+        shares: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, names)
+        return set().union(*shares)
 
     def _earliest_shard(self) -> int:
         """Of a stream: the first shard that some lane has not finished; where this piece began until all lanes have had a turn."""
@@ -265,6 +287,14 @@ class _Run:
 
     def _load(self, path: Path) -> None:
         state = self.folder.read(path)
+        for label, (then, now) in enumerate(zip_longest(state["class_names"], self.data.class_names, fillvalue="no class")):
+            if then != now:
+                what = f"class {label} of {self.folder.path} was {then!r}, and is {now!r} in the data"
+                raise ValueError(f"{what}; give it the data that it had, or another run= folder with init_from={self.folder.model}")
+        if state["pictures"] != self.data.pictures:
+            self._say(
+                f"the data holds {self.data.pictures} pictures, not {state['pictures']} as before: from here on they come in another order"
+            )
         try:
             self.workshop.load_state_dict(state["workshop"])
         except RuntimeError as error:
@@ -284,4 +314,11 @@ class _Run:
             tqdm.write(text)
 
     def _stop(self, *_: Any) -> None:
-        self.told_to_stop = True  # the step in hand is finished and saved first
+        """Has the step in hand finished and saved first; told so once more, ends at once.
+
+        Ctrl-C reaches a process from the terminal and, a moment later, from torchrun: that is told once.
+        """
+        now = time.monotonic()
+        if self.told_to_stop and now - self.told_to_stop > ONCE:
+            raise KeyboardInterrupt
+        self.told_to_stop = self.told_to_stop or now

@@ -10,6 +10,11 @@ model/  best/           the averaged weights of the latest and of the best check
 from __future__ import annotations
 
 import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,15 @@ from flexvar.checkpoint import Model, save
 from flexvar.memory import is_out_of_memory
 from flexvar.training.config import write_config
 from flexvar.training.settings import RunConfig
-from flexvar.writing import write_whole
+from flexvar.writing import make_folder, write_whole
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+PATIENCE = 10.0  # seconds with the workers of a run that was killed, which end a moment after it
 
 
 class RunFolder:
@@ -70,13 +83,57 @@ class RunFolder:
         if is_best:
             save(model, self.best, overwrite=True)
 
+    def write_sheet(self, step: int, draw: Callable[[Path], Any]) -> None:
+        """Lets `draw` write the sheet of a step."""
+        write_whole(self.sheets / f"step-{step:07d}.png", draw)
+
     def report(self, line: dict[str, Any]) -> None:
-        """Adds a line to the log."""
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Adds a line to the log; what is not finite is null in it. OSError, in one line, where it cannot be written."""
+        try:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(
+                f"{self.log} could not be written ({reason}); make room, and the same command goes on from its checkpoint"
+            ) from error
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other runs out of the folder, where the system can; ValueError, in one line, while one is in it."""
+        make_folder(self.path)
+        if fcntl is None:
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not _locked(folder):
+                if time.monotonic() > deadline:
+                    raise ValueError(f"another training is writing into {self.path}; stop it, or choose another run= folder")
+                time.sleep(0.1)
+            yield
+        finally:
+            os.close(folder)
 
     def _checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:07d}.pt"
+
+
+def _locked(folder: int) -> bool:
+    """Whether an open folder is now this process's; False while it is another's."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _finite(value: Any) -> Any:
+    """A report without the numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_from(line: str, step: int) -> bool:

@@ -129,7 +129,6 @@ class RunConfig:
     sizes: list[list[int]] = field(default_factory=lambda: [[256, 256]])  # (height, width) in pixels; one is drawn each step
     workers: int = -1  # processes that prepare pictures, beside each training process; -1 means as many as there are spare cores, at most 8
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products and convolutions; auto: bf16 on CUDA, fp32 elsewhere
-    compile: str = ""  # a backend of torch.compile, for example inductor
     bad_steps: int = 20  # steps in a row without a finite gradient after which the run is saved and stopped; each of them is skipped
     report_every: int = 100
     save_every: int = 500
@@ -259,6 +258,7 @@ class TransformerRun(RunConfig):
     schedules: Literal["paper", "released"] = "paper"  # how the scales of a step are drawn
     finest: int = 0  # codes on the longer side of the finest scale; 0 means all that the picture has
     attention: Literal["mask", "by-scale", "flex", "padded"] = "by-scale"  # how it is worked out; all ways give the same
+    compile: str = ""  # a backend of torch.compile for what is not attention, for example inductor
     recompute: bool = False  # each block's activations are worked out again for the gradient instead of kept: less memory, a third slower
     label_drop: float = 0.1  # share of the pictures that are learnt without their class
     drop_path: float = 0.0  # of the last block's paths, rising linearly from 0; the released models use 0.1 · depth / 24

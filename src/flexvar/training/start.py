@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -16,11 +17,12 @@ from torch.utils.data import DataLoader
 
 from flexvar.checkpoint import TOKENIZER, load
 from flexvar.data import Augmentation, EmojiScenes, FeatureCache, FixedViews, HubPictures, HubStream, ImageFolder, PictureSource, Shapes
+from flexvar.data.features import SETTINGS
 from flexvar.data.shards import ShardSource, TarShards
 from flexvar.models import model_folder
 from flexvar.processes import MOST_WORKERS, keep_memory, pick_device, processes
 from flexvar.training.initial import begin_from, check_codes
-from flexvar.training.loop import Batches, train
+from flexvar.training.loop import Batches, Data, train
 from flexvar.training.order import Batch, Steps
 from flexvar.training.run_folder import RunFolder
 from flexvar.training.settings import DataConfig, RunConfig, TokenizerRun, TransformerRun
@@ -39,7 +41,8 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
     device = pick_device()
     if device.type == "cpu":
         keep_memory()
-    with processes(device) as (rank, world):
+    folder = RunFolder(Path(config.run), config.keep)
+    with processes(device) as (rank, world), folder.alone() if rank == 0 else nullcontext():
         torch.manual_seed(config.seed)
         source = open_source(config.data, config.seed)
         held_out = open_source(config.data, config.seed, held_out=True) if config.measure else None
@@ -57,11 +60,16 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
                 raise ValueError(f"{config.data.held_out} has other classes than {config.data.path}; both need the same class folders")
             for pictures in (source, held_out):
                 if isinstance(pictures, FeatureCache):
-                    _check_tokenizer(pictures, model_folder(config.tokenizer))
-        if config.init_from and not RunFolder(Path(config.run), config.keep).newest():
+                    _check_cache(pictures, config)
+        if config.init_from and not folder.newest():
             begin_from(config.init_from, workshop.network, source.class_names)
-        measured = _measured_batches(held_out, config) if held_out and rank == 0 else []
-        return train(workshop, batches_of(source, config, rank, world), measured, config, rank=rank, world=world, device=device)
+        data = Data(
+            batches=batches_of(source, config, rank, world),
+            held_out=_measured_batches(held_out, config) if held_out and rank == 0 else [],
+            pictures=len(source) if isinstance(source, PictureSource) else 0,
+            class_names=source.class_names if isinstance(config, TransformerRun) else (),
+        )
+        return train(workshop, data, config, rank=rank, world=world, device=device)
 
 
 def _same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
@@ -93,6 +101,11 @@ def open_source(config: DataConfig, seed: int, held_out: bool = False) -> Pictur
     elif config.kind == "folder":
         source = ImageFolder(Path(elsewhere or config.path), flip=config.flip, resize=augmentation.resize, augment=augmentation.random)
     elif config.kind == "features":
+        if elsewhere and not (Path(elsewhere) / SETTINGS).exists():
+            raise FileNotFoundError(
+                f"data.held_out is {elsewhere}, which is no feature cache as data.path is; write one with `flexvar cache`, "
+                "or set data.held_out= to measure on the training's own"
+            )
         return FeatureCache(Path(elsewhere or config.path))
     elif config.kind == "shards":
         return TarShards(elsewhere or config.path, config.classes or None, augmentation)
@@ -148,9 +161,13 @@ def _measured_batches(source: PictureSource | ShardSource, config: RunConfig) ->
     return list(islice(Stream(source, config.seed + UNSEEN, size, config.sizes, shuffle=config.data.shuffle), config.measure))
 
 
-def _check_tokenizer(cache: FeatureCache, folder: Path) -> None:
+def _check_cache(cache: FeatureCache, config: TransformerRun) -> None:
+    """ValueError, in one line, unless a cache is of the run's tokenizer and has all of its sizes."""
+    folder = model_folder(config.tokenizer)
     if digest(folder) != cache.settings.tokenizer_sha256:
         raise ValueError(f"{cache.folder} was made with another tokenizer than {folder}; cache the features again, with this one")
+    for height, width in config.sizes:
+        cache.check_size((height, width))
 
 
 def digest(folder: Path) -> str:

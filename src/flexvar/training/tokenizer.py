@@ -22,7 +22,6 @@ from flexvar.evaluation.reconstruction import quality_by_scale, use_of_all
 from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.sheet import sheet, to_pil
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
-from flexvar.tokenizer.networks import ResidualBlock
 from flexvar.training import losses
 from flexvar.training.adversary import Discriminator, generator_loss, hinge_loss, judged_without_learning
 from flexvar.training.meter import Figures
@@ -71,10 +70,6 @@ class TokenizerWorkshop(Workshop):
     @property
     def network(self) -> Tokenizer:
         return self.tokenizer
-
-    def to_compile(self) -> list[tuple[nn.Module, str]]:
-        # Inductor compiles convolutions for each size anew; of attention between sides that are unknown it makes nothing at all.
-        return [(module, "forward") for module in self.tokenizer.modules() if isinstance(module, ResidualBlock)]
 
     # -- the loss --
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flexvar.accounting import training_flops
 from flexvar.checkpoint import Defaults, Model
+from flexvar.data import aliases_of
 from flexvar.generation import generate
 from flexvar.sampling import Guidance, Sampling
 from flexvar.schedule import Schedule, Size, grid_of
@@ -45,9 +46,15 @@ class TransformerWorkshop(Workshop):
     def network(self) -> Transformer:
         return self.transformer
 
-    def to_compile(self) -> list[tuple[nn.Module, str]]:
-        # What stands before and after attention, which is one call or a call a scale, and their number changes from step to step.
-        return [(block, half) for block in self.transformer.layers for half in ("before", "after")]
+    def speed_up(self) -> None:
+        """Has what stands before and after attention compiled, if the config says so.
+
+        Attention itself is a call a scale, and their number changes from step to step.
+        """
+        if self.config.compile:
+            for block in self.transformer.layers:
+                for half in ("before", "after"):
+                    setattr(block, half, torch.compile(getattr(block, half), backend=self.config.compile, dynamic=True))
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
         assert isinstance(network, Transformer)
@@ -141,4 +148,5 @@ class TransformerWorkshop(Workshop):
     def finished(self, network: nn.Module, provenance: dict[str, Any]) -> Model:
         assert isinstance(network, Transformer)
         before = self.frozen[0]
-        return Model(before.tokenizer, network, self.class_names, self._defaults(), {**before.provenance, "transformer": provenance})
+        provenance = {**before.provenance, "transformer": provenance}
+        return Model(before.tokenizer, network, self.class_names, self._defaults(), provenance, aliases_of(self.class_names))

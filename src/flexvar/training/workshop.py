@@ -21,7 +21,6 @@ class Workshop(nn.Module):
         super().__init__()
         self.adversary: nn.Module | None = None  # a part that learns beside the network, from the same loss, and is not kept
         self.adversary_rate = 1.0  # its learning rate over the network's
-        self.class_names: tuple[str, ...] = ()  # what labels mean, where they mean something
 
     @property
     @abstractmethod
@@ -43,9 +42,8 @@ class Workshop(nn.Module):
     def after_step(self, step: int, optimiser: torch.optim.Optimizer) -> None:
         """Runs when a step is done, for what is not learnt by gradients."""
 
-    @abstractmethod
-    def to_compile(self) -> list[tuple[nn.Module, str]]:
-        """The modules that torch.compile is asked to speed up, each with the method of it that is compiled."""
+    def speed_up(self) -> None:
+        """Runs before the first step of a piece of the run, when its weights and their averages are in place."""
 
     @abstractmethod
     def measured(self, network: nn.Module, batches: list[Batch]) -> dict[str, Any]:
