@@ -22,7 +22,7 @@ from flexvar import Schedule, generate
 from flexvar.checkpoint import Model, load
 from flexvar.data import EmojiScenes
 from flexvar.evaluation import Classifier, accuracy_interval, class_accuracy, load_classifier, renderings
-from flexvar.schedule import grid_of
+from flexvar.settings import Settings
 from flexvar.zoo import bundled_folder
 
 CLASSIFIER_ACCURACY = 0.97
@@ -99,9 +99,7 @@ def tokenizer_measures(model: Model, scenes: Tensor, schedule: Schedule) -> Iter
 
 def default_schedule(model: Model) -> Schedule:
     """The scales that the model draws when it is not told otherwise."""
-    h, w = grid_of(model.defaults.height, model.defaults.width, model.tokenizer.config.downsample)
-    trained_grid = model.transformer.config.trained_grid if model.transformer else max(h, w)
-    return Schedule.for_grid(h, w, model.defaults.num_inference_steps, trained_grid)
+    return Settings(model).schedule_of()
 
 
 def draw(model: Model, schedule: Schedule, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:

@@ -19,7 +19,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -151,11 +150,21 @@ def generation(bench: Bench, words: Namespace) -> None:
 
 def bundled_networks(device: torch.device) -> Networks:
     """Those of the emoji model."""
-    from flexvar.checkpoint import load  # here, since it needs safetensors
+    from flexvar.checkpoint import load  # here, since they need safetensors
+    from flexvar.zoo import bundled_folder
 
-    model = load(Path(str(files("flexvar") / "assets" / "emoji")))
+    model = load(bundled_folder("emoji"))
     assert model.transformer is not None
     return model.tokenizer.to(device), model.transformer.to(device)
+
+
+def bundled_schedule() -> Schedule:
+    """That of the emoji model when it is not told otherwise."""
+    from flexvar.checkpoint import load_empty  # here, since they need safetensors
+    from flexvar.settings import Settings
+    from flexvar.zoo import bundled_folder
+
+    return Settings(load_empty(bundled_folder("emoji"))).schedule_of()
 
 
 @torch.no_grad()
@@ -194,7 +203,7 @@ def correct(bench: Bench, words: Namespace) -> None:
     """Of the bundled model, and of random weights in the full size, by the released settings."""
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32
     depth, full = words.depths[0], Schedule.for_size(words.size, words.size, words.steps, TOKENIZER.downsample)
-    emoji = partial(code_rows, partial(bundled_networks, bench.device), Schedule.for_grid(8, 8, 10, 8))
+    emoji = partial(code_rows, partial(bundled_networks, bench.device), bundled_schedule())
     large = partial(code_rows, partial(random_networks, depth, bench.device), full)
     ways: list[tuple[Way, torch.dtype]] = [(way, dtype) for way in ("plain", "fast") for dtype in (torch.float32, torch.bfloat16)]
     for (name, rows), (way, dtype) in product((("emoji", emoji), (f"d{depth}", large)), [*ways, ("int8", bench.dtype)]):

@@ -1,4 +1,4 @@
-"""Every edit of some pictures by the bundled model: `python -m examples.edit OUT_FILE.png [CLASS ...]`."""
+"""Every edit of some drawn pictures: `python -m examples.edit OUT_FILE.png [CLASS ...] [--model NAME]`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description="Refines, inpaints, outpaints and enlarges pictures that the model has drawn.")
     arguments.add_argument("out", type=Path, metavar="OUT_FILE.png")
     arguments.add_argument("labels", nargs="*", default=["pizza", "alien", "frog"], metavar="CLASS")
+    arguments.add_argument("--model", default="emoji", help="another model's name or folder")
     words = arguments.parse_args()
-    pipe, rows = FlexVARPipeline.from_pretrained("emoji"), []
+    pipe, rows = FlexVARPipeline.from_pretrained(words.model), []
     for label in words.labels:
         given = pipe(label, seed=5, top_p=0.8).images[0]
         width, height = given.size
