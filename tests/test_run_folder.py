@@ -102,3 +102,12 @@ def test_a_held_out_folder_of_features_must_be_one(tmp_path: Path) -> None:
         FileNotFoundError, match=r"data\.held_out is .*, which is no feature cache as data\.path is; .* or set data\.held_out="
     ):
         open_source(DataConfig(kind="features", path="cache", held_out=str(tmp_path)), 0, held_out=True)
+
+
+@pytest.mark.parametrize(
+    ("word", "complaint"), [("tokenizer=nowhere", "nowhere"), ("sizes=[[30,30]]", "sizes holds [30, 30]: height 30 is not")]
+)
+def test_a_refused_run_leaves_no_folder(word: str, complaint: str, tokenizer: Path, tmp_path: Path, capsys) -> None:
+    assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer)), word]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "transformer").exists()

@@ -112,3 +112,12 @@ def test_edges() -> None:
 
 def test_logits_that_are_no_numbers_still_give_codes() -> None:
     assert choose(torch.full((1, 2, 50), math.nan), torch.rand(1, 2), Sampling()).shape == (1, 2)
+
+
+def test_a_seed_means_the_same_whatever_torch_draws_by_default() -> None:
+    expected = uniform_numbers([3], 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(uniform_numbers([3], 4), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -83,3 +83,9 @@ def test_groups_shrink_with_the_channels() -> None:
     assert tokenizer.config.downsample == 2
     assert tokenizer.decoder.norm_out.num_groups == 4
     assert tokenizer.decode(torch.zeros(1, 3, 3, dtype=torch.int64)).shape == (1, 3, 6, 6)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 64, 64), torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)])
+def test_what_is_no_batch_of_pictures_is_named(images: torch.Tensor, small_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"give floats \(B, 3, H, W\) from -1 to 1"):
+        small_tokenizer.features(images)

@@ -67,8 +67,10 @@ def items(values: Any) -> Any:
 
 
 def whole_number(value: Any, what: str) -> int:
-    """An integer of any kind as Python's own; ValueError naming it for anything else."""
+    """An integer of any kind as Python's own; ValueError naming it for anything else, True and False too."""
     try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
         return index(value)
     except TypeError as error:
         raise ValueError(f"{what} is {value!r}; give an integer") from error

@@ -9,7 +9,7 @@ import torch
 from flexvar import zoo
 from flexvar.checkpoint import Defaults, Model, save
 from flexvar.data import aliases_of, imagenet_classes
-from flexvar.official import check_returnable, read_released, to_released, tokenizer_from_released, transformer_from_released
+from flexvar.official import read_released, to_released, tokenizer_from_released, transformer_from_released, warn_of_differences
 from flexvar.writing import make_folder, write_together
 
 
@@ -47,12 +47,13 @@ def released_model(tokenizer: str | Path, transformer: str | Path) -> Model:
 def write_released(model: Model, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
     """Writes the two .pth files that the released code loads; gives their paths, tokenizer first.
 
-    Raises ValueError for a model that the released code cannot build, FileExistsError where one is there and `overwrite` is not set.
+    Warns where the released code has to be changed to load them. Raises ValueError for a model without a transformer, and FileExistsError
+    where a file is there and `overwrite` is not set.
     """
     painted, drawn, folder = model.tokenizer, model.transformer, Path(folder)
     if drawn is None:
         raise ValueError("this model has no transformer yet; train one on its tokenizer first")
-    check_returnable(painted.config, drawn.config)
+    warn_of_differences(painted.config, drawn.config)
     tokenizer, transformer = folder / zoo.RELEASED_TOKENIZER, folder / f"FlexVARd{drawn.config.depth}.pth"
     for path in (tokenizer, transformer):
         if path.exists() and not overwrite:

@@ -138,14 +138,14 @@ def transformer_from_released(tensors: Mapping[str, Tensor]) -> Transformer:
     return fill(transformer, tensors, released_name, _released_shape)
 
 
-def check_returnable(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> None:
-    """Raises ValueError, naming what differs, where the released code cannot build such a model; warns where it would draw otherwise."""
+def warn_of_differences(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> None:
+    """Warns, naming what differs, where the released code has to be changed to build such a model, or would draw otherwise with it."""
     fixed = asdict(TokenizerConfig()) | asdict(TransformerConfig(transformer.depth))
     ours = asdict(tokenizer) | asdict(transformer)  # what has the same name in both is equal: the codes
     differing = [name for name in fixed if name not in FREE and ours[name] != fixed[name]]
     if differing:
         differences = ", ".join(f"{name} is {ours[name]} instead of {fixed[name]}" for name in differing)
-        raise ValueError(f"the released code cannot build this model: {differences}; only models of its own shapes can go back")
+        warnings.warn(f"the released code builds models of its own shape: {differences}; change it to load these files", stacklevel=3)
     if transformer.positions != "area":
         side = transformer.table_side * tokenizer.downsample
         warnings.warn(f"the released code knows positions by area only: above {side} px it draws otherwise than this model", stacklevel=3)

@@ -117,7 +117,7 @@ def _is_finite(value: Any) -> bool:
 
 def uniform_numbers(seeds: Sequence[int], tokens: int) -> Tensor:
     """One number in [0, 1) for each picture and token, (B, L) float32 on the CPU; row i depends on seed i alone."""
-    rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
+    rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu") for seed in seeds]
     return torch.stack(rows)
 
 
@@ -126,6 +126,7 @@ def candidates(logits: Tensor, top_k: int, top_p: float, temperature: float = 1.
 
     Top-k first, then top-p over what is left: among ascending probabilities those whose running sum is at most 1 - p are dropped, the
     largest always stays (released behaviour). Only the k candidates are sorted, never the whole codebook.
+    Of logits that are equal to the last bit, no more than k are kept; the released code keeps all that equal the k-th.
     """
     kept = min(top_k or logits.shape[-1], logits.shape[-1])
     values, codes = torch.topk(logits.float() / temperature, kept, dim=-1)  # (..., k), descending

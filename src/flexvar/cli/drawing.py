@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from flexvar.generation import Step
     from flexvar.pipeline import FlexVARPipeline
+    from flexvar.sampling import Greedy
 
 
 def run_sample(words: Words) -> None:
@@ -119,7 +120,7 @@ def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[
 
 def settings_of(words: Words) -> dict[str, Any]:
     """The keywords of the pipeline that both commands have."""
-    from flexvar.schedule import Schedule, parse_sizes
+    from flexvar.schedule import Schedule
 
     return {
         "num_inference_steps": words.steps,
@@ -131,8 +132,18 @@ def settings_of(words: Words) -> dict[str, Any]:
         "top_k": words.top_k,
         "top_p": words.top_p,
         "temperature": words.temperature,
-        "greedy": words.greedy if words.greedy in (None, "none", "official") else parse_sizes(words.greedy),
+        "greedy": words.greedy if words.greedy in (None, "none", "official") else greedy_scales(words.greedy),
     }
+
+
+def greedy_scales(text: str) -> Greedy:
+    """Scales as people type them: "7,9" or "4x6"."""
+    from flexvar.schedule import parse_sizes
+
+    try:
+        return parse_sizes(text)
+    except ValueError as error:
+        raise ValueError(f"--greedy is {text!r}; give none, official, or scales such as 7,9 or 4x6") from error
 
 
 def move(pipe: FlexVARPipeline, words: Words) -> str:

@@ -69,8 +69,10 @@ class Tokenizer(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Feature maps (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1], after the 1x1 convolution and before any scale is taken.
 
-        Raises ValueError naming the nearest sizes when a side is not a multiple of the downsampling.
+        Raises ValueError for tensors of another kind, and naming the nearest sizes when a side is not a multiple of the downsampling.
         """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; give floats (B, 3, H, W) from -1 to 1")
         grid_of(images.shape[-2], images.shape[-1], self.config.downsample)
         return self.before_codes(self.encoder(images))  # (B, C, h, w)
 

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,11 @@ class RunFolder:
                 if time.monotonic() > deadline:
                     raise ValueError(f"another training is writing into {self.path}; stop it, or choose another run= folder")
                 time.sleep(0.1)
-            yield
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # a run that was refused before its first file leaves no folder
+                    self.path.rmdir()
         finally:
             os.close(folder)
 

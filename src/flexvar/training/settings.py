@@ -46,7 +46,7 @@ def _demand_unset(settings: Any, keys: str, whom: str) -> None:
             raise ValueError(f"{key} means nothing to {whom}; remove it, or set {key}={json.dumps(usual[name])}")
 
 
-def _demand_grids(sizes: list[list[int]], downsample: int) -> None:
+def demand_grids(sizes: list[list[int]], downsample: int) -> None:
     """ValueError naming a picture size that has no whole grid of codes, and the nearest that has."""
     for height, width in sizes:
         try:
@@ -222,7 +222,7 @@ class TokenizerRun(RunConfig):
         _demand(self, COUNT, "scales smallest")
         _demand(self, NOT_NEGATIVE, "l1 l2 codebook commitment entropy restart_every")
         _demand(self, SHARE, "continuous")
-        _demand_grids(self.sizes, 2 ** (len(self.model.multipliers) - 1))
+        demand_grids(self.sizes, 2 ** (len(self.model.multipliers) - 1))
         if self.adversary.weight and self.adversary.start >= self.steps:
             raise ValueError(f"adversary.start is {self.adversary.start} of {self.steps} steps; lower it, or set adversary.weight=0")
         if self.data.kind == "features":

@@ -19,7 +19,7 @@ from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.sheet import sheet, to_pil
 from flexvar.training.meter import Figures, Meter, Work, nested
 from flexvar.training.order import LABEL, PATHS, Batch, position_random, step_random
-from flexvar.training.settings import TransformerRun
+from flexvar.training.settings import TransformerRun, demand_grids
 from flexvar.training.workshop import Workshop
 from flexvar.transformer import Transformer, TransformerConfig
 
@@ -32,6 +32,7 @@ class TransformerWorkshop(Workshop):
         self.config, self.class_names = config, class_names
         self.frozen = [tokenizer]  # in a list, so that it is not one of this module's own parts
         shape, painted = vars(config.model).copy(), tokenizer.tokenizer.config
+        demand_grids(config.sizes, painted.downsample)
         grids = [self._drawn((height, width)) for height, width in config.sizes]
         if (1, 1) in grids:
             height, width = config.sizes[grids.index((1, 1))]
