@@ -63,3 +63,20 @@ def test_there_is_something_to_test() -> None:
 def test_files_are_readable_and_named(path: Path) -> None:
     assert path.stem not in {"utils", "util", "misc", "helpers", "common"}
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 380
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_public_functions_say_what_they_raise(path: Path) -> None:
+    silent: list[str] = []
+
+    def look(within: ast.AST) -> None:
+        for node in ast.iter_child_nodes(within):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name.startswith("_"):
+                continue
+            if isinstance(node, ast.ClassDef):
+                look(node)
+            elif isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)) and "Error" not in doc:
+                silent.extend(node.name for inner in ast.walk(node) if isinstance(inner, ast.Raise) and inner.exc is not None)
+
+    look(ast.parse(path.read_text(encoding="utf-8")))
+    assert silent == []

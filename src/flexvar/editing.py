@@ -117,6 +117,7 @@ def refine(
     image: GivenPictures, f: int, most_pixels: int, *, strength: float = 0.5, height: int | None = None, width: int | None = None
 ) -> Edit:
     """Keeps the coarse scales and draws the rest again. strength: 0 keeps every scale, 1 none. height, width: of the result, multiples of
+    Raises ValueError for a strength that is not from 0 to 1, and for impossible sizes.
     f px; the picture's own by default, otherwise its composition is stretched to them. One alone keeps the picture's proportions."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength!r}; give a number from 0 (all scales kept) to 1 (none)")
@@ -138,6 +139,7 @@ def upscale(
     image: GivenPictures, f: int, most_pixels: int, *, factor: float | None = None, height: int | None = None, width: int | None = None
 ) -> Edit:
     """Keeps every scale up to the picture's own and draws larger ones. The size by a factor or by pixels, and not smaller; one side alone
+    Raises ValueError for a smaller size, and for a factor and a size together.
     keeps the picture's proportions. Above most_pixels the drawing is smaller than the result, and enlarged."""
     pictures = over_white(pictures_of(image))
     own = (pictures.shape[-2], pictures.shape[-1])
@@ -195,6 +197,7 @@ def outpaint(
     mask_rule: MaskRule = "all",
 ) -> Edit:
     """Draws beyond the picture's edges: by so many pixels on each side, or to height x width with the picture at the anchor; one of the two
+    Raises ValueError for a smaller canvas, for none larger, and for pixels and a size together.
     alone keeps the picture's proportions."""
     pictures = pictures_of(image)
     own = (pictures.shape[-2], pictures.shape[-1])
@@ -225,7 +228,10 @@ def keywords(name: str) -> list[str]:
 
 
 def drawn_cells(white: Tensor, size: Size, rule: MaskRule) -> Tensor:
-    """The cells (P, h, w) of a scale that are drawn anew, bool: where the mask (P, 1, H, W) is white enough in the cell's area."""
+    """The cells (P, h, w) of a scale that are drawn anew, bool: where the mask (P, 1, H, W) is white enough in the cell's area.
+
+    Raises ValueError for a rule that there is not.
+    """
     if rule not in get_args(MaskRule):
         raise ValueError(f"mask_rule is {rule!r}; there are {', '.join(get_args(MaskRule))}")
     share = area_averaged(white, size)[:, 0]  # (P, h, w)

@@ -29,6 +29,7 @@ class KeyValueCache:
         """Those of all scales so far, and of the one being drawn: (B, H, n, D / H) each.
 
         They are written, and returned as views; what goes beyond the room is the last scale, whose keys and values are not kept.
+        Raises ValueError where there is no room for them.
         """
         end, room = self.filled + keys.shape[2], self.memory.shape[4]
         if self.filled > room:

@@ -14,7 +14,10 @@ from flexvar.writing import make_folder, write_together
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a model by its name (see `FlexVARPipeline.from_pretrained`); fetches and converts what is not here yet."""
+    """The folder of a model by its name (see `FlexVARPipeline.from_pretrained`); fetches and converts what is not here yet.
+
+    Raises FileNotFoundError, ValueError or ConnectionError, in one line, where there is none.
+    """
     if name in zoo.BUNDLED:
         return zoo.bundled_folder(str(name))
     if name in zoo.RELEASED:
@@ -30,7 +33,10 @@ def model_folder(name: str | Path) -> Path:
 
 
 def released_model(tokenizer: str | Path, transformer: str | Path) -> Model:
-    """A model from released .pth files of the tokenizer and the transformer; it draws as the released evaluation does."""
+    """A model from released .pth files of the tokenizer and the transformer; it draws as the released evaluation does.
+
+    Raises ValueError for files that are damaged or do not belong together.
+    """
     drawn = transformer_from_released(read_released(transformer))
     painted = tokenizer_from_released(read_released(tokenizer))
     if (drawn.config.codebook_size, drawn.config.code_width) != (painted.config.codebook_size, painted.config.code_width):

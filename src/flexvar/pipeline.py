@@ -292,6 +292,7 @@ class FlexVARPipeline:
         """The edit that `stream` and the call take: "refine", "upscale", "inpaint" or "outpaint", with that method's own keywords.
 
         max_pixels: above so many, 4 times the training size by default, a reduced copy is drawn and the drawing enlarged.
+        Raises ValueError for another operation, and TypeError for a keyword that it does not have.
         """
         if operation not in editing.EDITS:
             raise ValueError(f"no edit is named {operation!r}; there are {', '.join(editing.EDITS)}")

@@ -28,7 +28,7 @@ def resample(table: Tensor, size: tuple[int, int], mode: PositionMode) -> Tensor
     """The positions (h·w, D) of a grid, from the table (D, side, side).
 
     "area" averages the cells under each position, as released, so that beyond the table's side neighbours share a position. "smooth" is
-    the same up to the table's side and linear beyond it, on each axis by itself.
+    the same up to the table's side and linear beyond it, on each axis by itself. Raises ValueError for another mode.
     """
     if mode == "smooth":
         beyond = [n if n > side else side for n, side in zip(size, table.shape[1:], strict=True)]

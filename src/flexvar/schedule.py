@@ -83,7 +83,10 @@ class Schedule:
 
     @classmethod
     def named(cls, name: str) -> Schedule:
-        """A published schedule: "6" ... "14", "8-script", "384-11", "512-12", "512-15" (paper, Table 8 and the released scripts)."""
+        """A published schedule: "6" ... "14", "8-script", "384-11", "512-12", "512-15" (paper, Table 8 and the released scripts).
+
+        ValueError for any other.
+        """
         if name not in NAMED:
             raise ValueError(f"no schedule is named {name!r}; there are {', '.join(NAMED)}")
         return cls.square(NAMED[name])
@@ -141,7 +144,7 @@ class Schedule:
         """A random schedule for one training step, scaled to a grid of h x w codes.
 
         "paper": as the paper says. "released": as the released trainer does, which leaves out the finest scale in a third of all steps
-        to stay within 680 tokens.
+        to stay within 680 tokens. Raises ValueError for another policy.
         """
         if policy not in _RANDOM_ROWS:
             raise ValueError(f"no random schedule policy is named {policy!r}; there are {', '.join(_RANDOM_ROWS)}")
@@ -193,7 +196,7 @@ def sizes_of(scales: Sequence[int | Sequence[int]]) -> tuple[Size, ...]:
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
-    """Grids as people type them: "1,2,4" (square scales) or "1x1,2x3,4x6" (h x w)."""
+    """Grids as people type them: "1,2,4" (square scales) or "1x1,2x3,4x6" (h x w). ValueError for anything else."""
     plain = text.replace(" ", "").lower()
     if not re.fullmatch(r"\d+(x\d+)?(,\d+(x\d+)?)*", plain):
         raise ValueError(f"{text!r} is not a schedule; write square scales as 1,2,4 or pairs as 1x1,2x3")

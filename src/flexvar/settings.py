@@ -116,7 +116,10 @@ class Settings:
         edit: Edit | None = None,
         **_: Any,
     ) -> Schedule:
-        """The schedule that size and steps, a list of scales, or an edit ask for."""
+        """The schedule that size and steps, a list of scales, or an edit ask for.
+
+        Raises ValueError where they contradict each other, or are impossible.
+        """
         f, trained_grid, steps = self.downsample, self.trained_grid, num_inference_steps
         if edit is not None:
             own = edit.grid[0] * f, edit.grid[1] * f

@@ -249,7 +249,7 @@ class Transformer(nn.Module):
         labels: (B,), int64. inputs: (B, L - first, C), from `Tokenizer.inputs`. paths: (depth, 2, B), the factor of each residual path
         when some are dropped (stochastic depth: 0, or one over the kept share). attention: the way to compute it, without a change in
         what it gives. recompute: compute what is inside the blocks again in the backward pass instead of keeping it (gradient
-        checkpointing): a third more work, a fraction of the memory.
+        checkpointing): a third more work, a fraction of the memory. Raises ValueError for inputs of another length.
         """
         schedule = Schedule.of(schedule)
         if inputs.shape[1] != schedule.tokens - schedule.first:

@@ -137,7 +137,7 @@ def settings_of(words: Words) -> dict[str, Any]:
 
 
 def greedy_scales(text: str) -> Greedy:
-    """Scales as people type them: "7,9" or "4x6"."""
+    """Scales as people type them: "7,9" or "4x6". ValueError for anything else."""
     from flexvar.schedule import parse_sizes
 
     try:

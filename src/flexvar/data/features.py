@@ -58,7 +58,10 @@ class FixedViews:
         return self.view(index, int(rng.integers(self.views)), size)
 
     def view(self, index: int, view: int, size: Size) -> tuple[np.ndarray, int]:
-        """View `view` of picture `index` at `size` = (height, width): uint8 (height, width, 3) RGB, and its label."""
+        """View `view` of picture `index` at `size` = (height, width): uint8 (height, width, 3) RGB, and its label.
+
+        Raises IndexError for a view that does not exist.
+        """
         if not 0 <= view < self.views:
             raise IndexError(f"view {view} does not exist: each picture has {self.views} views, 0 to {self.views - 1}")
         return self.source.draw(index, size, np.random.default_rng((self.seed, index, view)))

@@ -121,7 +121,10 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
 def decoded(
     stored: bytes | str | os.PathLike[str], name: object, convert: Callable[[Image.Image], Image.Image] | None = None
 ) -> Image.Image:
-    """The picture in the content of a file, or in a file, as `open_picture` or `convert` gives it; `name` is for the error."""
+    """The picture in the content of a file, or in a file, as `open_picture` or `convert` gives it; `name` is for the error.
+
+    Raises ValueError where it is no image or is damaged.
+    """
     try:
         with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
             return (convert or upright_rgb)(image)

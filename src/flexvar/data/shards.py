@@ -159,7 +159,10 @@ def tar_files(pattern: str) -> list[Path]:
 
 
 def shuffled(samples: Iterator[T], rng: np.random.Generator, buffer: int) -> Iterator[T]:
-    """Every item once, each chosen at random among `buffer` of them, which are held at a time; 1 leaves the order as it is."""
+    """Every item once, each chosen at random among `buffer` of them, which are held at a time; 1 leaves the order as it is.
+
+    Raises ValueError for a buffer below 1.
+    """
     if buffer < 1:
         raise ValueError(f"buffer is {buffer}: at least 1 item must be held")
     held: list[T] = []

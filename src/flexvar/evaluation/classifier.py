@@ -60,6 +60,7 @@ class Classifier(nn.Module):
 
     def crops(self, images: Tensor) -> Tensor:
         """Squares (B, n, 3, size, size) along the longer side, each overlapping the next by half: 1 at the centre of a near-square picture,
+        Raises ValueError for other tensors, and for pictures that are too small.
         3 of one that is twice as long as wide, 5 of one three times as long."""
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < SMALLEST:
             raise ValueError(f"the pictures are {tuple(images.shape)}; give (B, 3, H, W) with both sides at least {SMALLEST} px")
@@ -137,7 +138,10 @@ def renderings(source: PictureSource, count: int, size: tuple[int, int], seed: i
 
 @torch.no_grad()
 def class_accuracy(classifier: Classifier, pictures: Tensor, labels: Sequence[int] | Tensor) -> tuple[int, int]:
-    """How many of the pictures (N, 3, H, W) in [-1, 1] are given their class, and N. labels: (N,), in the classifier's own order."""
+    """How many of the pictures (N, 3, H, W) in [-1, 1] are given their class, and N. labels: (N,), in the classifier's own order.
+
+    Raises ValueError for another number of labels.
+    """
     labels = torch.as_tensor(labels, dtype=torch.int64)
     if len(labels) != len(pictures):
         raise ValueError(f"{len(labels)} labels were given for {len(pictures)} pictures; give one a picture")

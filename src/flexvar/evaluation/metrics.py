@@ -39,6 +39,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
     mu: (F,). sigma: (F, F), symmetric. With sigma1 = A Aᵀ and sigma2 = B Bᵀ, the last trace is the sum of the singular values of Aᵀ B,
     which keeps the digits that roots of small eigenvalues lose.
+    Raises ValueError for shapes that do not fit and values that are not finite.
     """
     given = [_shared(np.asarray(array, np.float64)) for array in (mu1, sigma1, mu2, sigma2)]
     shapes, width = [tuple(array.shape) for array in given], given[0].numel()
@@ -57,6 +58,7 @@ def frechet_interval(features: Array, mu: np.ndarray, sigma: np.ndarray, blocks:
 
     Block b is rows b, b + blocks, ...: rows sorted by class make all blocks alike, rows in which the classes come in turn need not. It
     tells how far chance moves the distance at this N; the bias, by which few pictures have a larger distance than many, is still in it.
+    Raises ValueError for fewer than 2 blocks.
     """
     if blocks < 2:
         raise ValueError(f"blocks is {blocks}; leaving out one after the other needs at least 2")
@@ -142,6 +144,7 @@ def inception_score(logits: Array, split_size: int = 5000) -> float:
     """exp of the mean KL(p(y|x) ‖ p(y)), averaged over splits of the pictures in their order; from 1 to the number of classes.
 
     logits: (N, C). As ADM computes it: the last split may be short (Salimans et al. 2016). Softmax and sums are float64.
+    Raises ValueError for a split size below 1.
     """
     if split_size < 1:
         raise ValueError(f"split_size is {split_size}; give at least 1, or 5000 as is usual")
@@ -250,6 +253,7 @@ def kernel_distance(reference: Array, samples: Array, subsets: int = 100, size: 
 
     size: of a subset, at most that of the smaller set. The estimate has no bias at any size, and may be below 0. The error is of the mean
     over subsets alone: it is 0 where each subset is the whole of both sets (Bińkowski et al. 2018).
+    Raises ValueError for fewer than 2 subsets, or pictures in one.
     """
     if subsets < 2 or size < 2:
         raise ValueError(f"subsets is {subsets} and their size {size}; both must be at least 2")

@@ -61,7 +61,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], count: int, size: Si
 
 
 def array_header(file: Any, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and dtype of the array that a .npy file begins with."""
+    """Shape, order and dtype of the array that a .npy file begins with. Raises ValueError where it is damaged."""
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -94,7 +94,7 @@ def write_reference(
     """Writes what a folder of pictures (or an .npz of them) is as a reference of ADM's layout; gives the number of pictures.
 
     The moments are those of all pictures; `keep` of them, as many of each class as can be, go into the file for precision and recall.
-    size: (height, width) to which the pictures are resized and cropped.
+    size: (height, width) to which the pictures are resized and cropped. Raises ValueError for too few pictures.
     """
     check_writable(out, overwrite=overwrite)
     if keep < 1:

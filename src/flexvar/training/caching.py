@@ -30,7 +30,10 @@ PATIENCE = timedelta(days=1)  # with a process that still writes shards when the
 
 
 def cache_features(config: CacheRun, overwrite: bool = False) -> Path:
-    """Writes the cache that a config asks for, or goes on where it stopped; gives its folder."""
+    """Writes the cache that a config asks for, or goes on where it stopped; gives its folder.
+
+    Raises ValueError, FileNotFoundError or FileExistsError, in one line, where it cannot.
+    """
     device = pick_device()
     with processes(device, PATIENCE) as (rank, world):
         if not config.tokenizer:

@@ -37,7 +37,10 @@ UNSEEN = 1_000_003  # added to the seed for pictures that are drawn to measure o
 
 
 def start(config: TokenizerRun | TransformerRun) -> Path:
-    """Trains as the config says, or goes on from where the run stopped; gives the model folder."""
+    """Trains as the config says, or goes on from where the run stopped; gives the model folder.
+
+    Raises ValueError or FileNotFoundError, in one line, where config, pictures, tokenizer or run folder do not fit together.
+    """
     device = pick_device()
     if device.type == "cpu":
         keep_memory()
@@ -89,6 +92,7 @@ def open_source(config: DataConfig, seed: int, held_out: bool = False) -> Pictur
     """The pictures that a config asks for; to train on, or those that were held out, as they are.
 
     Where none were held out, those to train on stand in for them, without augmentation. Drawn pictures follow from the seed.
+    Raises ValueError or FileNotFoundError where they are not there.
     """
     augmentation = Augmentation(config.flip, (config.resize[0], config.resize[1]), random=not held_out)
     elsewhere = config.held_out if held_out and config.held_out else ""
