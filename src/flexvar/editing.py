@@ -117,8 +117,9 @@ def refine(
     image: GivenPictures, f: int, most_pixels: int, *, strength: float = 0.5, height: int | None = None, width: int | None = None
 ) -> Edit:
     """Keeps the coarse scales and draws the rest again. strength: 0 keeps every scale, 1 none. height, width: of the result, multiples of
+    f px; the picture's own by default, otherwise its composition is stretched to them. One alone keeps the picture's proportions.
     Raises ValueError for a strength that is not from 0 to 1, and for impossible sizes.
-    f px; the picture's own by default, otherwise its composition is stretched to them. One alone keeps the picture's proportions."""
+    """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength!r}; give a number from 0 (all scales kept) to 1 (none)")
     pictures = over_white(pictures_of(image))
@@ -139,8 +140,9 @@ def upscale(
     image: GivenPictures, f: int, most_pixels: int, *, factor: float | None = None, height: int | None = None, width: int | None = None
 ) -> Edit:
     """Keeps every scale up to the picture's own and draws larger ones. The size by a factor or by pixels, and not smaller; one side alone
+    keeps the picture's proportions. Above most_pixels the drawing is smaller than the result, and enlarged.
     Raises ValueError for a smaller size, and for a factor and a size together.
-    keeps the picture's proportions. Above most_pixels the drawing is smaller than the result, and enlarged."""
+    """
     pictures = over_white(pictures_of(image))
     own = (pictures.shape[-2], pictures.shape[-1])
     if (factor is None) == (height is None and width is None):
@@ -197,8 +199,9 @@ def outpaint(
     mask_rule: MaskRule = "all",
 ) -> Edit:
     """Draws beyond the picture's edges: by so many pixels on each side, or to height x width with the picture at the anchor; one of the two
+    alone keeps the picture's proportions.
     Raises ValueError for a smaller canvas, for none larger, and for pixels and a size together.
-    alone keeps the picture's proportions."""
+    """
     pictures = pictures_of(image)
     own = (pictures.shape[-2], pictures.shape[-1])
     sides = [whole_number(added, name) for name, added in (("left", left), ("right", right), ("top", top), ("bottom", bottom))]

@@ -60,8 +60,9 @@ class Classifier(nn.Module):
 
     def crops(self, images: Tensor) -> Tensor:
         """Squares (B, n, 3, size, size) along the longer side, each overlapping the next by half: 1 at the centre of a near-square picture,
+        3 of one that is twice as long as wide, 5 of one three times as long.
         Raises ValueError for other tensors, and for pictures that are too small.
-        3 of one that is twice as long as wide, 5 of one three times as long."""
+        """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < SMALLEST:
             raise ValueError(f"the pictures are {tuple(images.shape)}; give (B, 3, H, W) with both sides at least {SMALLEST} px")
         images = images.to(self.head.weight).clamp(-1, 1)
