@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -34,11 +35,16 @@ def processes(device: torch.device, patience: timedelta | None = None) -> Iterat
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # Its functions keep the group of the moment when they are imported, if there is one: it would outlive this context, and with it
+    # threads that abort the process, now and then, when they free a tensor while the interpreter ends.
+    import torch.distributed.nn
+
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
+        gc.collect()  # a DistributedDataParallel holds the group, and itself
 
 
 def keep_memory() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 Words = argparse.Namespace
@@ -17,7 +18,7 @@ def run_train(words: Words) -> None:
     config = read_config(kind, words.config, words.settings)
     from flexvar.training.start import start  # torch comes with it, after the config is known to be right
 
-    print(start(config))  # type: ignore[arg-type]
+    _print_once(start(config))  # type: ignore[arg-type]
 
 
 def run_cache(words: Words) -> None:
@@ -34,7 +35,13 @@ def run_cache(words: Words) -> None:
         return
     from flexvar.training.caching import cache_features  # torch comes with it, after the config is known to be right
 
-    print(cache_features(config, words.overwrite))
+    _print_once(cache_features(config, words.overwrite))
+
+
+def _print_once(folder: Path) -> None:
+    """Not by every process that torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(folder)
 
 
 def run_convert(words: Words) -> None:

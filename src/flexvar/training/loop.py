@@ -102,6 +102,7 @@ class _Run:
             self._run(iter(self.data.batches(self.step, self.config.steps, self.first_shard)), bar)
         finally:
             bar.close()
+            self.wrapped = self.workshop  # with nothing that holds the group of processes, even where an error holds this run
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if unreadable := self._anywhere(self.unreadable):
