@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +251,18 @@ def test_damage_is_found_wherever_it_is(
     if truncate:
         with pytest.raises(ValueError, match=r"00001\.safetensors is damaged .* delete it and run the same `flexvar cache` command"):
             FeatureCache(folder)
+
+
+def test_damaged_names_are_found(written: Path, tmp_path: Path) -> None:
+    """Those of pictures that could not be read stand in a shard's header, whose other texts are checked by what they must be."""
+    shard = shutil.copytree(written, tmp_path / "damaged") / "features-00001.safetensors"
+    data = shard.read_bytes()
+    place = data.index(b'"unreadable":"[') + len(b'"unreadable":"[')
+    shard.write_bytes(data[:place] + b"}" + data[place + 1 :])
+    complaint = f"{shard} is damaged (unreadable is not what was written); delete it and run the same `flexvar cache` command again"
+    assert verify(shard.parent)[0].startswith(complaint)
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        FeatureCache(shard.parent)
 
 
 def test_a_damaged_shard_is_written_again(folder: Path) -> None:

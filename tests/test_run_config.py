@@ -105,6 +105,7 @@ TRANSFORMER = [
     ("sheet_labels=[]", "sheet_labels is []"),
     ("sheet_labels=[0,-1]", "sheet_labels is [0, -1]"),
     ("guidance_scale=-1", "guidance_scale is -1.0"),
+    ("top_p=1.5", "top_p is 1.5; it must be a number from 0 to 1"),
     ("model.depth=0", "model.depth is 0"),
     ("model.trained_grid=-1", "model.trained_grid is -1"),
     ("model.width=-64", "model.width is -64"),
@@ -237,7 +238,7 @@ def test_the_limits_themselves_are_allowed(kind: type[RunConfig], path: Path) ->
     assert (config.steps, config.data.resize) == (1, [1, 1])
     read_config(TokenizerRun, path, ["workers=-1", "keep=1", "measure=0", "entropy=0", "smallest=1"])
     read_config(TokenizerRun, path, ["restart_every=0", "continuous=1", "l1=0", "l2=0", "scales=1"])
-    read_config(TransformerRun, path, ["label_drop=0", "guidance_scale=0", "sheet_labels=[0]", "sizes=[[40,120]]"])
+    read_config(TransformerRun, path, ["label_drop=0", "guidance_scale=0", "top_p=1", "sheet_labels=[0]", "sizes=[[40,120]]"])
 
 
 def test_words_come_after_the_file_and_settings_may_refer_to_one_another(path: Path) -> None:

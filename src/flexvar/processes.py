@@ -13,6 +13,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# Its functions keep the group of the moment when they are imported, if there is one. It would outlive `processes`, and with it threads that
+# abort the process, now and then, when they free a tensor while the interpreter ends. So here, before there is one.
+import torch.distributed.nn
+
 MOST_WORKERS = 8
 """Processes that prepare pictures, beside one training process, where their number is left to us."""
 
@@ -35,10 +39,6 @@ def processes(device: torch.device, patience: timedelta | None = None) -> Iterat
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Its functions keep the group of the moment when they are imported, if there is one: it would outlive this context, and with it
-    # threads that abort the process, now and then, when they free a tensor while the interpreter ends.
-    import torch.distributed.nn
-
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield dist.get_rank(), dist.get_world_size()

@@ -28,7 +28,7 @@ from flexvar.writing import write_whole
 
 FORMAT = 1
 SETTINGS = "cache.json"
-LABELS, UNREADABLE = "labels", "unreadable"
+LABELS, UNREADABLE, UNREADABLE_CHECKSUM = "labels", "unreadable", "unreadable checksum"
 DTYPES: dict[str, np.dtype] = {"F16": np.dtype(np.float16), "I64": np.dtype(np.int64)}  # by their names in a safetensors file
 AGAIN = "run the same `flexvar cache` command again, without --overwrite"
 
@@ -199,7 +199,9 @@ class CacheWriter:
         if labels.min() < 0 or labels.max() > last:
             raise ValueError(f"labels of shard {shard} run from {labels.min()} to {labels.max()}; the classes are 0 to {last}")
         path = self._shards.path(shard)
-        metadata = {UNREADABLE: json.dumps(sorted(unreadable)), **{name: _checksum(values) for name, values in tensors.items()}}
+        names = json.dumps(sorted(unreadable))
+        checksums = {UNREADABLE_CHECKSUM: _checksum(names.encode()), **{name: _checksum(values.data) for name, values in tensors.items()}}
+        metadata = {UNREADABLE: names, **checksums}
         write_whole(path, partial(save_file, tensors, metadata=metadata))
         for leftover in self.folder.glob(f".{path.name}.*.unfinished"):  # of a process that was killed
             leftover.unlink()
@@ -220,7 +222,7 @@ class FeatureCache:
             raise ValueError(self._shards.unfinished(missing))
         files = [self._shards.open(shard) for shard in range(self.settings.shards)]
         self.labels = np.concatenate([file.get_tensor(LABELS) for file in files])
-        named = [json.loads((file.metadata() or {}).get(UNREADABLE, "[]")) for file in files]
+        named = [self._shards.unreadable(shard, file) for shard, file in enumerate(files)]
         self.unreadable = [Path(name) for name in sorted({name for names in named for name in names})]
         self._files: dict[int, safe_open] = {}  # by shard, opened when first needed
 
@@ -294,18 +296,27 @@ class _Shards:
         """What is wrong with a shard; nothing where its bytes are those that were written."""
         try:
             file = self.open(shard)
+            self.unreadable(shard, file)
         except ValueError as error:
             return str(error)
         written = file.metadata() or {}
-        changed = [name for name in self.settings.tensors(shard) if written.get(name) != _checksum(file.get_tensor(name))]
+        changed = [name for name in self.settings.tensors(shard) if written.get(name) != _checksum(file.get_tensor(name).data)]
         return self._damaged(shard, f"{changed[0]} is not what was written") if changed else ""
+
+    def unreadable(self, shard: int, file: safe_open) -> list[str]:
+        """The names of pictures in whose place others stand. ValueError where they are not what was written."""
+        written = file.metadata() or {}
+        names = written.get(UNREADABLE, "[]")
+        if written.get(UNREADABLE_CHECKSUM, _checksum(b"[]")) != _checksum(names.encode()):
+            raise ValueError(self._damaged(shard, f"{UNREADABLE} is not what was written"))
+        return json.loads(names)
 
     def _damaged(self, shard: int, reason: str) -> str:
         return f"{self.path(shard)} is damaged ({reason}); delete it and {AGAIN}"
 
 
-def _checksum(values: np.ndarray) -> str:
-    return f"{zlib.crc32(values.data):08x}"
+def _checksum(values: bytes | memoryview) -> str:
+    return f"{zlib.crc32(values):08x}"
 
 
 def _name(size: Size) -> str:

@@ -264,12 +264,14 @@ class TransformerRun(RunConfig):
     drop_path: float = 0.0  # of the last block's paths, rising linearly from 0; the released models use 0.1 · depth / 24
     sheet_labels: list[int] = field(default_factory=lambda: list(range(8)))
     guidance_scale: float = 2.5  # of the sheets, and the finished model's default
+    top_p: float = 0.95  # likewise: candidates are kept up to this probability, 0 or 1 for all of them
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _demand(self, BELOW_ONE, "label_drop drop_path")
         _demand(self, LABELS, "sheet_labels")
         _demand(self, NOT_NEGATIVE, "guidance_scale finest")
+        _demand(self, SHARE, "top_p")
         _demand(self, POSITIVE, "gain_factor")
 
 

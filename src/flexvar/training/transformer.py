@@ -144,7 +144,7 @@ class TransformerWorkshop(Workshop):
         height, width = self.config.sizes[0]
         h, w = self._drawn((height, width))
         f, guidance = self.frozen[0].tokenizer.config.downsample, Guidance("ramp", self.config.guidance_scale)
-        return Defaults(h * f, w * f, guidance=guidance, sampling=Sampling(top_k=0, top_p=0.95, greedy="none"))
+        return Defaults(h * f, w * f, guidance=guidance, sampling=Sampling(top_k=0, top_p=self.config.top_p, greedy="none"))
 
     def finished(self, network: nn.Module, provenance: dict[str, Any]) -> Model:
         assert isinstance(network, Transformer)
