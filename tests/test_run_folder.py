@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flexvar.checkpoint import load
@@ -16,6 +17,7 @@ from flexvar.training import run_folder
 from flexvar.training.run_folder import RunFolder
 from flexvar.training.settings import DataConfig
 from flexvar.training.start import open_source
+from flexvar.training.transformer import TransformerWorkshop
 from training_runs import newest_state, tokenizer_config, transformer_config
 
 
@@ -79,6 +81,34 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, 2)
     folder.report({"step": 1, "loss": math.nan, "measured": {"psnr": math.inf, "l1": 0.5}})
     assert json.loads(folder.log.read_text()) == {"step": 1, "loss": None, "measured": {"psnr": None, "l1": 0.5}}
+
+
+def test_checkpoints_are_sorted_by_their_steps(tmp_path: Path) -> None:
+    """Not by the digits of their names, which have seven for as long as they can."""
+    folder = RunFolder(tmp_path, keep=2)
+    folder.checkpoints.mkdir()
+    for step in (9_999_000, 10_000_000, 10_000_500):
+        folder.write_checkpoint(step, {"step": step}, None)
+    assert folder.read(folder.newest())["step"] == 10_000_500
+    assert len(list(folder.checkpoints.iterdir())) == 2
+    assert (folder.checkpoints / "step-10000000.pt").exists()
+
+
+def test_a_sheet_that_cannot_be_drawn_costs_nothing_else(tokenizer: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """It is no full disk either; the same command finds the run finished."""
+
+    def sheet(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TransformerWorkshop, "sheet", sheet)
+    config = str(transformer_config(tmp_path, tokenizer))
+    assert main(["train", "transformer", config, "sheet_every=100"]) == 2
+    error = capsys.readouterr().err
+    assert "not enough memory" in error
+    assert "make room" not in error
+    assert newest_state(tmp_path / "transformer")["step"] == 4
+    assert main(["train", "transformer", config, "sheet_every=100"]) == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_a_log_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:

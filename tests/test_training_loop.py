@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexvar.checkpoint import load
 from flexvar.cli import main
-from flexvar.training.loop import _Run
+from flexvar.training.loop import _fetched, _Run
 from flexvar.training.meter import Meter, matrix_rate, nested
 from training_runs import assert_same_end, lines, measurements, newest_state, reports, tokenizer_config, transformer_config
 
@@ -152,6 +153,7 @@ def test_what_a_run_cannot_do_is_said_in_one_line(tokenizer: Path, tmp_path: Pat
         (["sizes=[[4,4]]"], "sizes holds [4, 4], a single code"),
         (["data={kind: folder, path: nowhere}"], "there is no folder nowhere"),
         (["data={kind: shards, path: nowhere}"], "there is no shard nowhere"),
+        (["compile=inducter"], "compile is 'inducter'; it must be one of cudagraphs, inductor"),
     ):
         assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer)), *words]) == 2
         error = capsys.readouterr().err
@@ -170,6 +172,17 @@ def test_an_error_in_a_worker_is_one_line_too(tokenizer: Path, tmp_path: Path, c
     assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer)), *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error == f"flexvar: none of the 10 pictures in {tmp_path / 'shapes'} can be read: check the files"
+
+
+def test_a_worker_that_was_killed_is_told_in_one_line() -> None:
+    def batches(message: str) -> Iterator[int]:
+        yield 1
+        raise RuntimeError(message)
+
+    with pytest.raises(OSError, match=r"most likely for want of memory; set fewer workers="):
+        list(_fetched(batches("DataLoader worker (pid 7) is killed by signal: Killed.")))
+    with pytest.raises(RuntimeError, match="something else"):
+        list(_fetched(batches("something else")))
 
 
 def test_sheets_of_classes_that_are_not_there_and_a_finest_grid(tokenizer: Path, tmp_path: Path, capsys) -> None:
@@ -279,7 +292,7 @@ def test_told_to_stop_once_more_it_ends_at_once(tokenizer: Path, tmp_path: Path,
 
 ONE_IS_TOLD_TO_STOP = """
 import os, signal, sys
-from flexvar.training.loop import _Run
+from flexvar.training.loop import _fetched, _Run
 one = _Run._one
 def told(self, batch):
     if (self.step, self.rank) == (2, 1):
@@ -289,6 +302,21 @@ _Run._one = told
 from flexvar.cli import main
 sys.exit(main(sys.argv[1:]))
 """
+
+
+@pytest.mark.slow
+def test_two_processes_with_other_pictures_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    """As on two machines with copies of their own, of which one is not whole."""
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import os, sys\nfrom flexvar.cli import main\n"
+        "sys.exit(main(sys.argv[1:] + (['data.views=3'] if os.environ['RANK'] == '1' else [])))\n"
+    )
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "train", "transformer"]
+    words += [str(transformer_config(tmp_path, tokenizer))]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode != 0
+    assert "flexvar: not all processes see the same pictures and classes; give all machines the same data" in done.stderr
 
 
 @pytest.mark.slow

@@ -21,11 +21,18 @@ MOST_WORKERS = 8
 """Processes that prepare pictures, beside one training process, where their number is left to us."""
 
 
-def pick_device() -> torch.device:
-    """The accelerator of this process, or the CPU."""
+def pick_device(exchanging: bool = False) -> torch.device:
+    """The accelerator of this process, or the CPU: there too where processes exchange tensors that lie on MPS, which gloo does not carry.
+
+    Raises ValueError for more processes than this machine has GPUs.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= there:
+            raise ValueError(f"process {number} of this machine finds {there} GPUs, and each needs its own; start --nproc-per-node {there}")
+        return torch.device("cuda", number)
+    alone = not exchanging or int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return torch.device("mps" if torch.backends.mps.is_available() and alone else "cpu")
 
 
 @contextmanager
@@ -39,12 +46,15 @@ def processes(device: torch.device, patience: timedelta | None = None) -> Iterat
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    backend, finished = "nccl" if device.type == "cuda" else "gloo", False
+    dist.init_process_group(backend, timeout=patience)
     try:
         yield dist.get_rank(), dist.get_world_size()
+        finished = True
     finally:
-        dist.destroy_process_group()
-        gc.collect()  # a DistributedDataParallel holds the group, and itself
+        if finished or backend == "gloo":  # NCCL waits here for the others, who may be waiting for this process: it leaves them by ending
+            dist.destroy_process_group()
+            gc.collect()  # a DistributedDataParallel holds the group, and itself
 
 
 def keep_memory() -> None:

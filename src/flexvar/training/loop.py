@@ -55,6 +55,19 @@ def train(workshop: Workshop, data: Data, config: RunConfig, *, rank: int, world
     return _Run(workshop, data, config, rank, world, device).train()
 
 
+def _fetched(batches: DataLoader[Batch]) -> Iterator[Batch]:
+    """The batches; OSError, in one line, where a process that prepares them was killed."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            "a process that prepares pictures was killed, most likely for want of memory; "
+            "set fewer workers=, or give the container more shared memory, and the same command goes on"
+        ) from error
+
+
 class _Run:
     """The state of one run on one process."""
 
@@ -99,14 +112,19 @@ class _Run:
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._run(iter(self.data.batches(self.step, self.config.steps, self.first_shard)), bar)
+            self._run(_fetched(self.data.batches(self.step, self.config.steps, self.first_shard)), bar)
         finally:
             bar.close()
             self.wrapped = self.workshop  # with nothing that holds the group of processes, even where an error holds this run
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if unreadable := self._anywhere(self.unreadable):
+        if unreadable := self._anywhere(self.unreadable):  # waits for the first process, which is still saving, whatever comes next
             self._say(count_of_unreadable(unreadable))
+        if self.skipped_in_a_row >= self.config.bad_steps:
+            raise FloatingPointError(
+                f"{self.skipped_in_a_row} steps in a row had no finite gradient; step {self.step} is saved as it was before them: "
+                "lower the learning rate, or ask for precision=fp32"
+            )
         if self.stopping:
             self._say(f"stopped at step {self.step} and saved; the same command goes on")
             raise KeyboardInterrupt
@@ -121,8 +139,7 @@ class _Run:
             bar.update()
             self.shards[batch.lane] = batch.shard
             self.unreadable.update(batch.unreadable)
-            broken = self.skipped_in_a_row >= config.bad_steps
-            last = self.step == config.steps or broken or self.stopping
+            last = self.step == config.steps or self.skipped_in_a_row >= config.bad_steps or self.stopping
             reporting, saving = (last or self.step % every == 0 for every in (config.report_every, config.save_every))
             if reporting or saving:
                 averages = self.meter.averages() if reporting else {}  # waits for the device
@@ -132,17 +149,12 @@ class _Run:
                 figures: dict[str, Any] = {"loss": averages.pop("loss", None), "gradient_norm": norm, "learning_rate": rate}
                 self._report(figures | nested(averages) | self._speed(self.step - reported_at, seconds))
                 reported_at, seconds = self.step, 0.0
-            if self.rank == 0 and (self.step % config.sheet_every == 0 or self.step == config.steps):
-                self.folder.write_sheet(self.step, partial(self.workshop.sheet, self.average))
             if saving:
                 self._save()
+            if self.rank == 0 and (self.step % config.sheet_every == 0 or self.step == config.steps):
+                self.folder.write_sheet(self.step, partial(self.workshop.sheet, self.average))
             if reporting or saving:
                 began = time.perf_counter()
-            if broken:
-                raise FloatingPointError(
-                    f"{self.skipped_in_a_row} steps in a row had no finite gradient; step {self.step} is saved as it was before them: "
-                    "lower the learning rate, or ask for precision=fp32"
-                )
             if last:
                 return
 
@@ -277,10 +289,13 @@ class _Run:
         if newest:
             self._load(newest)
         if dist.is_initialized():
-            steps = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(dist.get_world_size())]
-            dist.all_gather(steps, torch.tensor(self.step, device=self.device))
-            if len({int(step) for step in steps}) > 1:
+            seen: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(seen, (self.step, (self.data.pictures, self.data.class_names)))
+            steps, data = zip(*seen, strict=True)
+            if len(set(steps)) > 1:
                 raise ValueError(f"not all processes see the same checkpoint in {self.folder.path}; put run= where all machines read it")
+            if len(set(data)) > 1:
+                raise ValueError("not all processes see the same pictures and classes; give all machines the same data")
         if self.rank == 0:
             changed = self.folder.begin(self.config, self.step)
             if changed and self.step:

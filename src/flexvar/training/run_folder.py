@@ -9,6 +9,7 @@ model/  best/           the averaged weights of the latest and of the best check
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -45,7 +46,7 @@ class RunFolder:
 
     def newest(self) -> Path | None:
         """The checkpoint to go on from."""
-        found = sorted(self.checkpoints.glob("step-*.pt"))
+        found = self._found()
         return found[-1] if found else None
 
     def read(self, path: Path) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class RunFolder:
     def write_checkpoint(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
         """Writes a checkpoint, then removes those that are neither among the latest nor the best."""
         write_whole(self._checkpoint(step), lambda path: torch.save(state, path))
-        latest = sorted(self.checkpoints.glob("step-*.pt"))
+        latest = self._found()
         best = None if best_step is None else self._checkpoint(best_step)
         for path in latest[: -self.keep]:
             if path != best:
@@ -83,9 +84,11 @@ class RunFolder:
         if is_best:
             save(model, self.best, overwrite=True)
 
-    def write_sheet(self, step: int, draw: Callable[[Path], Any]) -> None:
-        """Lets `draw` write the sheet of a step."""
-        write_whole(self.sheets / f"step-{step:07d}.png", draw)
+    def write_sheet(self, step: int, draw: Callable[[BinaryIO], Any]) -> None:
+        """Lets `draw` write the sheet of a step; into memory, where what goes wrong is not taken for a full disk."""
+        drawn = io.BytesIO()
+        draw(drawn)
+        write_whole(self.sheets / f"step-{step:07d}.png", lambda path: path.write_bytes(drawn.getvalue()))
 
     def report(self, line: dict[str, Any]) -> None:
         """Adds a line to the log; what is not finite is null in it. OSError, in one line, where it cannot be written."""
@@ -119,6 +122,10 @@ class RunFolder:
                     self.path.rmdir()
         finally:
             os.close(folder)
+
+    def _found(self) -> list[Path]:
+        """The checkpoints, by their steps."""
+        return sorted(self.checkpoints.glob("step-*.pt"), key=lambda path: int(path.stem.removeprefix("step-")))
 
     def _checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:07d}.pt"

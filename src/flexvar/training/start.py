@@ -7,12 +7,14 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from flexvar.checkpoint import TOKENIZER, load
@@ -33,6 +35,7 @@ from flexvar.training.workshop import Workshop
 
 EXAMPLES = 8
 MEASURED_AT_ONCE = 64
+PATIENCE = timedelta(hours=1)  # with the first process, which measures, draws sheets and writes while the others wait
 UNSEEN = 1_000_003  # added to the seed for pictures that are drawn to measure on
 
 
@@ -41,11 +44,11 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
 
     Raises ValueError or FileNotFoundError, in one line, where config, pictures, tokenizer or run folder do not fit together.
     """
-    device = pick_device()
+    device = pick_device(exchanging=True)
     if device.type == "cpu":
         keep_memory()
     folder = RunFolder(Path(config.run), config.keep)
-    with processes(device) as (rank, world), folder.alone() if rank == 0 else nullcontext():
+    with processes(device, PATIENCE) as (rank, world), folder.alone() if rank == 0 else nullcontext():
         torch.manual_seed(config.seed)
         source = open_source(config.data, config.seed)
         held_out = open_source(config.data, config.seed, held_out=True) if config.measure else None
@@ -67,7 +70,7 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
         if config.init_from and not folder.newest():
             begin_from(config.init_from, workshop.network, source.class_names)
         data = Data(
-            batches=batches_of(source, config, rank, world),
+            batches=batches_of(source, config, _workers(config, device), rank, world),
             held_out=_measured_batches(held_out, config) if held_out and rank == 0 else [],
             pictures=len(source) if isinstance(source, PictureSource) else 0,
             class_names=source.class_names if isinstance(config, TransformerRun) else (),
@@ -120,9 +123,8 @@ def open_source(config: DataConfig, seed: int, held_out: bool = False) -> Pictur
     return FixedViews(source, seed, config.fixed_views) if config.fixed_views and not held_out else source
 
 
-def batches_of(source: PictureSource | ShardSource, config: RunConfig, rank: int, world: int) -> Batches:
-    """What the loop asks for its batches."""
-    workers = config.workers if config.workers >= 0 else spare_cores()
+def batches_of(source: PictureSource | ShardSource, config: RunConfig, workers: int, rank: int, world: int) -> Batches:
+    """What the loop asks for its batches, which so many processes prepare."""
 
     def batches(step: int, last: int, first_shard: int) -> DataLoader[Batch]:
         share = (config.seed, config.batch, config.sizes, rank, world)
@@ -138,6 +140,14 @@ def batches_of(source: PictureSource | ShardSource, config: RunConfig, rank: int
         )
 
     return batches
+
+
+def _workers(config: RunConfig, device: torch.device) -> int:
+    """Processes for preparing pictures, as many on each machine: from their number follows which of them reads which shard."""
+    workers = torch.tensor(config.workers if config.workers >= 0 else spare_cores(), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(workers, dist.ReduceOp.MIN)
+    return int(workers)
 
 
 def spare_cores() -> int:

@@ -7,8 +7,7 @@ adversarial terms see pictures that are too small for them enlarged. docs/traini
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -193,7 +192,7 @@ class TokenizerWorkshop(Workshop):
         by_scale = {f"{h}x{w}": scale.means() for scale in scales for h, w in [scale.size]}
         return {"loss": by_scale["x".join(map(str, grid))]["l1"], "use": use_of_all(scales), "by_scale": by_scale}
 
-    def sheet(self, network: nn.Module, path: Path) -> None:
+    def sheet(self, network: nn.Module, out: BinaryIO) -> None:
         """Rows: the pictures, what the native scale rebuilds, and two coarser scales enlarged."""
         assert isinstance(network, Tokenizer)
         images = self.examples.to(network.after_codes.weight.device) / 127.5 - 1  # (N, 3, H, W)
@@ -204,7 +203,7 @@ class TokenizerWorkshop(Workshop):
             for size in [(h, w), (max(1, h // 2), max(1, w // 2)), (max(1, h // 4), max(1, w // 4))]:
                 (codes,) = network.codes(features, [size])
                 rows.append(F.interpolate(network.decode(codes), images.shape[-2:], mode="nearest"))
-        sheet([to_pil(row) for row in rows]).save(path, "PNG")
+        sheet([to_pil(row) for row in rows]).save(out, "PNG")
 
     def finished(self, network: nn.Module, provenance: dict[str, Any]) -> Model:
         assert isinstance(network, Tokenizer)

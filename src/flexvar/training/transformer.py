@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +51,13 @@ class TransformerWorkshop(Workshop):
 
         Attention itself is a call a scale, and their number changes from step to step.
         """
-        if self.config.compile:
-            for block in self.transformer.layers:
-                for half in ("before", "after"):
-                    setattr(block, half, torch.compile(getattr(block, half), backend=self.config.compile, dynamic=True))
+        if not (backend := self.config.compile):
+            return
+        if backend not in torch.compiler.list_backends(exclude_tags=()):
+            raise ValueError(f"compile is {backend!r}; it must be one of {', '.join(torch.compiler.list_backends())}")
+        for block in self.transformer.layers:
+            for half in ("before", "after"):
+                setattr(block, half, torch.compile(getattr(block, half), backend=backend, dynamic=True))
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
         assert isinstance(network, Transformer)
@@ -121,7 +123,7 @@ class TransformerWorkshop(Workshop):
             meter.add(self.loss(network, batch)[1])
         return {**nested(meter.averages(alone=True)), "loss_of_guessing": math.log(self.transformer.config.codebook_size)}
 
-    def sheet(self, network: nn.Module, path: Path) -> None:
+    def sheet(self, network: nn.Module, out: BinaryIO) -> None:
         """Samples at fixed seeds: a row for each of the picture sizes, all of `sheet_labels`."""
         assert isinstance(network, Transformer)
         defaults, classes = self._defaults(), network.config.classes
@@ -138,7 +140,7 @@ class TransformerWorkshop(Workshop):
                 seeds=range(len(labels)),
             )
             rows.append(to_pil(last.images))
-        sheet(rows).save(path, "PNG")
+        sheet(rows).save(out, "PNG")
 
     def _defaults(self) -> Defaults:
         height, width = self.config.sizes[0]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ class Workshop(nn.Module):
         """How good a network in evaluation mode is on some batches, "loss" first: less is better."""
 
     @abstractmethod
-    def sheet(self, network: nn.Module, path: Path) -> None:
+    def sheet(self, network: nn.Module, out: BinaryIO) -> None:
         """Draws a picture to look at, with the averaged weights."""
 
     @abstractmethod
