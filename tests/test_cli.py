@@ -153,6 +153,13 @@ def test_a_traceback_on_request(monkeypatch) -> None:
     with pytest.raises(ValueError, match="give 1 or more"):
         main(["plan", "--batch", "0"])
 
+    def no_room(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("flexvar.cli.words.run_info", no_room)
+    with pytest.raises(MemoryError, match="no room"):
+        main(["info"])
+
 
 def test_a_mistyped_folder_is_named_at_once(capsys, monkeypatch) -> None:
     def offline(name: str, **_) -> str:

@@ -102,6 +102,18 @@ def test_refine_at_another_aspect_ratio(pipe: FlexVARPipeline) -> None:
     assert pipe.refine(picture(), 0.6, 0, height=8, width=24, seed=0).images[0].size == (24, 8)
 
 
+def test_what_pads_a_picture_does_not_come_into_the_result(pipe: FlexVARPipeline) -> None:
+    """A drawing that is the canvas itself, stretched: the result is the picture, stretched."""
+    ramp = torch.linspace(0, 1, 9)[None, None, None].expand(1, 3, 10, 9)  # its last column pads it to 12
+    for name, words in (("refine", {"height": 32, "width": 48}), ("upscale", {"height": 32, "width": 48})):
+        edit = pipe.edit_of(name, ramp, max_pixels=64**2, **words)
+        height, width = (side * pipe.tokenizer.config.downsample for side in edit.grid)
+        drawing = torch.nn.functional.interpolate(edit.canvas, (height, width), mode="bilinear")
+        made = (edit.finish(drawing) + 1) / 2
+        expected = torch.nn.functional.interpolate(ramp, (32, 48), mode="bilinear")
+        assert (made - expected).abs().max() < 0.05, name
+
+
 def test_upscale_keeps_the_native_scales_and_grows_beyond(pipe: FlexVARPipeline) -> None:
     edit = pipe.edit_of("upscale", picture(), factor=2)
     steps = list(pipe.stream(0, edit=edit, seed=0, num_inference_steps=6))
@@ -182,9 +194,7 @@ def test_grey_is_the_weight_of_the_drawing(pipe: FlexVARPipeline) -> None:
     mask[..., 8:], mask[..., 6:8] = 1, 0.25
     pasted = pipe.inpaint(given, mask, 0, seed=0, feather=0, output_type="pt").images
     drawn = pipe.inpaint(given, mask, 0, seed=0, paste=False, output_type="pt").images
-    # under grey the given colours count only as far as they are kept, and the rest comes from around
-    filling = (editing.filled(given[:, :3] * 2 - 1, 1 - mask) + 1) / 2
-    assert torch.allclose(pasted[..., 6:8], 0.75 * filling[..., 6:8] + 0.25 * drawn[..., 6:8], atol=1e-5)
+    assert torch.allclose(pasted[..., 6:8], 0.75 * given[:, :3, :, 6:8] + 0.25 * drawn[..., 6:8], atol=1e-5)
     assert torch.allclose(pasted[..., 8:], drawn[..., 8:], atol=1e-6)
 
 

@@ -463,6 +463,29 @@ def test_too_few_pictures(npz: Path, folder: Path, tmp_path: Path) -> None:
         read_reference(tmp_path / "one.npz", load_extractor("classifier"))
 
 
+def test_what_was_interrupted_does_not_let_another_file_be_overwritten(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = DrawnPictures(FlexVARPipeline.from_pretrained(str(model)), str(model), 2, num_inference_steps=2, batch=10**6)
+    assert pictures.about["pictures at a time"] == 250  # no more are drawn together
+    extractor, kept = load_extractor("classifier"), {"overwrite": False}
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flexvar.evaluation.runner.score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(pictures, folder, extractor, tmp_path / "scores.json", npz=tmp_path / "drawn.npz", **kept)
+    precious = tmp_path / "precious.npz"
+    precious.write_bytes(b"keep me")
+    with pytest.raises(FileExistsError, match="unfinished work with other settings \\(pictures kept"):
+        evaluate(pictures, folder, extractor, tmp_path / "scores.json", npz=precious, **kept)
+    assert precious.read_bytes() == b"keep me"
+    evaluate(pictures, folder, extractor, tmp_path / "scores.json", npz=tmp_path / "drawn.npz", **kept)
+    assert (tmp_path / "drawn.npz").exists()
+
+
 # -- sweeps --
 
 
@@ -492,6 +515,15 @@ def test_a_sweep_scores_the_grid_and_goes_on(model: Path, folder: Path, tmp_path
     assert "is of another model, reference or settings" in capsys.readouterr().err
     assert main([*changed, "--overwrite"]) == 0
     assert len(scored) == 4
+
+
+def test_a_sweep_overwrites_nothing_of_others(model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "table.txt").write_text("mine")
+    words = ["evaluate", "sweep", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "4", "--steps", "2"]
+    assert main([*words, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'table.txt'} exists" in capsys.readouterr().err
+    assert (tmp_path / "table.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["table.txt"]
 
 
 def test_the_best_trial_and_the_fastest_of_its_equals() -> None:

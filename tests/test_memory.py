@@ -7,6 +7,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flexvar import FlexVARPipeline, Guidance, Schedule, Tokenizer, Transformer, generation, memory
-from flexvar.accounting import plan
+from flexvar.accounting import LiveBytes, encoding_memory, plan
 from flexvar.checkpoint import Defaults, Model
 from flexvar.cli import main
 from flexvar.memory import Drawing, free_memory, is_out_of_memory
@@ -159,13 +160,44 @@ def test_a_cpu_refuses_what_cannot_fit_before_it_tries(pipe: FlexVARPipeline, mo
     pipe("a", **settings)
     monkeypatch.setattr(memory, "free_memory", lambda device: need - 1)
     monkeypatch.setattr("flexvar.pipeline.generate", lambda *_, **__: pytest.fail("it was tried"))
-    monkeypatch.setattr(Tokenizer, "features", lambda *_: pytest.fail("it was tried"))
+    plain = Tokenizer.features
+    monkeypatch.setattr(Tokenizer, "features", lambda self, x: plain(self, x) if x.is_meta else pytest.fail("it was tried"))
     image, whole = Image.new("L", (64, 64)), {"num_inference_steps": 6, "max_pixels": 64**2}
     for draw in (lambda: pipe("a", **settings), lambda: pipe.stream("a", **settings), lambda: pipe.refine(image, 1, "a", **whole)):
         with pytest.raises(MemoryError, match=r"a picture of 64 x 64 px; \d+ x \d+ px would fit"):
             draw()
     with pytest.raises(MemoryError, match="a picture of 128 x 128 px"):
         pipe.reconstruct(Image.new("L", (128, 128)))
+
+
+def test_what_is_encoded_counts_too(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large picture that is refined to a small one: most of the work is its encoding."""
+    words = {"height": 8, "width": 8, "strength": 0.5, "max_pixels": 128**2}
+    edit = pipe.edit_of("refine", Image.new("L", (128, 128)), **words)
+    drawn = pipe._drawing(pipe.settings.schedule_of(edit=edit), 1, pipe.defaults.guidance, edit)
+    tokenizer = pipe.tokenizer
+    with torch.no_grad(), LiveBytes() as live:
+        tokenizer.features(edit.canvas + 0)
+    encoding = encoding_memory(tokenizer.config, edit.native, 1, torch.float32)
+    assert live.most <= encoding <= 3 * live.most  # without a kernel that spares the scores of attention
+    assert encoding > needs(drawn)
+    assert drawn.fits(encoding)
+    assert not drawn.fits(encoding - 1)
+    one_for_all = pipe._drawing(drawn.schedule, 5, pipe.defaults.guidance, edit)
+    assert one_for_all.fits(encoding)
+    monkeypatch.setattr(memory, "free_memory", lambda device: encoding - 1)
+    with pytest.raises(MemoryError, match="not enough memory for a picture of 8 x 8 px"):
+        pipe.refine(Image.new("L", (128, 128)), class_labels="a", **words)
+
+
+def test_pictures_are_rebuilt_in_parts_that_fit(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 24, 3), dtype=np.uint8)) for i in range(5)]
+    together, sizes, plain = pipe.reconstruct(pictures, output_type="pt").images, [], Tokenizer.features
+    two = needs(pipe._drawing(Schedule(((4, 6),)), 2, Guidance("constant", 1.0)))
+    monkeypatch.setattr(memory, "free_memory", lambda device: math.ceil(1.3 * two / memory.SHARE_TO_FILL))
+    monkeypatch.setattr(Tokenizer, "features", lambda self, x: (x.is_meta or sizes.append(len(x)), plain(self, x))[1])
+    assert torch.allclose(pipe.reconstruct(pictures, output_type="pt").images, together, atol=1e-5)
+    assert sizes == [2, 2, 1]
 
 
 def test_a_batch_of_our_choice_is_halved_where_it_does_not_fit(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +262,8 @@ def test_what_is_drawn_and_decoded_fails_in_one_line(pipe: FlexVARPipeline, monk
         with pytest.raises(MemoryError, match=words):
             pipe.stream(["a", "b"], **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "features", no_room)
+        plain = Tokenizer.features
+        patch.setattr(Tokenizer, "features", lambda self, x: plain(self, x) if x.is_meta else no_room())
         with pytest.raises(MemoryError, match=r"a picture of 192 x 128 px; \d+ x \d+ px would fit"):
             pipe.reconstruct(Image.new("RGB", (128, 192)))
     assert pipe(["a", "b"], **settings, output_type="pt").images.shape == (2, 3, 64, 64)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexvar import Guidance, Sampling, Schedule
+from flexvar import Guidance, Sampling, Schedule, sampling
 from flexvar.sampling import candidates, choose, uniform_numbers
 
 
@@ -96,6 +96,17 @@ def test_chosen_codes_follow_the_candidates(top_k: int, top_p: float) -> None:
     numbers = (torch.arange(count) + 0.5)[None] / count  # evenly spread, so that the shares are exact
     chosen = choose(logits.expand(1, count, 12), numbers, Sampling(top_k, top_p, greedy="none"))
     assert torch.allclose(torch.bincount(chosen[0], minlength=12) / count, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_the_codes_of_many_tokens_are_chosen_in_parts(top_k: int, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits, numbers = torch.randn(3, 7, 20, generator=generator), torch.rand(3, 7, generator=generator)
+    together, seen = choose(logits, numbers, Sampling(top_k, 0.9)), []
+    monkeypatch.setattr(sampling, "MOST_CANDIDATES", 41)
+    monkeypatch.setattr(sampling, "candidates", lambda logits, *rest: (seen.append(len(logits)), candidates(logits, *rest))[1])
+    assert torch.equal(choose(logits, numbers, Sampling(top_k, 0.9)), together)
+    assert seen == ([8, 8, 5] if top_k else [2] * 10 + [1])
 
 
 def test_edges() -> None:

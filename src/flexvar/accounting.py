@@ -256,6 +256,21 @@ def _decoding(config: TokenizerConfig, size: Size, batch: int, dtype: torch.dtyp
 
 
 @functools.lru_cache(maxsize=8)
+def encoding_memory(config: TokenizerConfig, size: Size, batch: int, dtype: torch.dtype) -> int:
+    """The most bytes that exist at the same time, beside the weights, while pictures of size = (h, w) codes are encoded.
+
+    Raises ValueError for so many that no machine holds them.
+    """
+    tokenizer, (height, width) = _empty(Tokenizer, config, dtype), (side * config.downsample for side in size)
+    try:
+        with torch.device("meta"), torch.no_grad(), LiveBytes() as live:
+            tokenizer.features(torch.empty(batch, 3, height, width, dtype=dtype))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"no machine holds {batch} x {height} x {width} px; take fewer") from error
+    return live.most
+
+
+@functools.lru_cache(maxsize=8)
 def _empty(network: Callable[[C], N], config: C, dtype: torch.dtype) -> N:
     """A network without its numbers."""
     with torch.device("meta"):

@@ -112,9 +112,13 @@ class Recorded:
 
     @torch.no_grad()
     def __call__(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Iterator[Step]:
+
+        def decode(codes: Tensor) -> Tensor:
+            return self.making_room(lambda: tokenizer.decode(codes))
+
         if request.keep is not None:
-            for step in self._making_room(lambda: list(draw_scales(tokenizer, transformer, request, self.choose))):
-                yield replace(step, decode=lambda codes: self._making_room(lambda: tokenizer.decode(codes)))
+            for step in self.making_room(lambda: list(draw_scales(tokenizer, transformer, request, self.choose))):
+                yield replace(step, decode=decode)
             return
         device = request.numbers.device
         with self.turn, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -126,7 +130,7 @@ class Recorded:
                 self.done = torch.cuda.current_stream().record_event()
         for k, size in enumerate(request.schedule):
             last = k == len(request.schedule) - 1
-            yield Step(k, size, codes[k], (lambda _: images) if last else tokenizer.decode)
+            yield Step(k, size, codes[k], (lambda _: images) if last else decode)
 
     def _recording(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Recording:
         """The one with the smallest batch that fits the request, or a new one."""
@@ -136,11 +140,11 @@ class Recorded:
             return self.recordings[min(fitting, key=lambda key: key[3])]
         if len(self.recordings) >= MOST_RECORDINGS:
             self._clear()
-        recording = self._making_room(lambda: self._recorded(tokenizer, transformer, request))
+        recording = self.making_room(lambda: self._recorded(tokenizer, transformer, request))
         self.recordings[(*settings, pictures)] = recording
         return recording
 
-    def _making_room(self, work: Callable[[], T]) -> T:
+    def making_room(self, work: Callable[[], T]) -> T:
         """What the work gives, a second time without the recordings where memory runs out."""
         try:
             return work()
@@ -152,8 +156,9 @@ class Recorded:
 
     def _clear(self) -> None:
         with self.turn:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # another stream may still be running one
+            for recording in self.recordings.values():
+                if recording.labels.is_cuda:
+                    torch.cuda.synchronize(recording.labels.device)  # another stream may still be running it
             self.recordings.clear()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -126,14 +126,12 @@ def refine(
     size = (pictures.shape[-2], pictures.shape[-1])
     small = _reduced(pictures, most_pixels)
     canvas = _padded(small, f)
-    grid = (canvas.shape[-2] // f, canvas.shape[-1] // f)
-    crop = (0, 0, small.shape[-2], small.shape[-1])
     if height is None and width is None:
+        grid, crop = (canvas.shape[-2] // f, canvas.shape[-1] // f), (0, 0, small.shape[-2], small.shape[-1])
         return Edit(canvas, f, grid, crop, size, strength)
     asked = both_sides(height, width, size, f)
     grid_of(*asked, f)  # complains of what is no multiple
-    grid = _grid_within(*asked, f, most_pixels)
-    return Edit(canvas, f, grid, (0, 0, grid[0] * f, grid[1] * f), asked, strength)
+    return Edit(canvas, f, *_stretched(small, canvas, asked, f, most_pixels), asked, strength)
 
 
 def upscale(
@@ -156,10 +154,8 @@ def upscale(
         raise ValueError(f"{own[0]} x {own[1]} px would become smaller; give a factor of at least 1, or larger sides")
     small = _reduced(pictures, most_pixels)
     canvas = _padded(small, f)
-    shown_h, shown_w = small.shape[-2] / canvas.shape[-2], small.shape[-1] / canvas.shape[-1]  # of the canvas, what is the picture
-    grid = _grid_within(own[0] * factor_y / shown_h, own[1] * factor_x / shown_w, f, most_pixels)
-    crop = (0, 0, max(1, round(grid[0] * f * shown_h)), max(1, round(grid[1] * f * shown_w)))
-    return Edit(canvas, f, grid, crop, (round(own[0] * factor_y), round(own[1] * factor_x)), strength=0.0)
+    larger = own[0] * factor_y, own[1] * factor_x
+    return Edit(canvas, f, *_stretched(small, canvas, larger, f, most_pixels), (round(larger[0]), round(larger[1])), strength=0.0)
 
 
 def inpaint(
@@ -289,12 +285,13 @@ def _masked(
     if feather < 0:
         raise ValueError(f"feather is {feather}; give 0 or a number of pixels")
     size = (pictures.shape[-2], pictures.shape[-1])
-    given = filled(pictures[:, :3] * 2 - 1, 1 - white)
+    colours = pictures[:, :3] * 2 - 1
+    given = filled(colours, 1 - white)
     small, small_white = _reduced(given, most_pixels), _reduced(white, most_pixels)
     canvas, canvas_white = _padded(small, f, corner), _padded(small_white, f, corner)
     grid = (canvas.shape[-2] // f, canvas.shape[-1] // f)
     crop = (*corner, small.shape[-2], small.shape[-1])
-    pasted, weight = (given, white) if paste else (None, None)
+    pasted, weight = (torch.where(white < 1, colours, given), white) if paste else (None, None)
     drawn_cells(canvas_white, (1, 1), rule)  # complains of an unknown rule at once
     return Edit(canvas, f, grid, crop, size, white=canvas_white, mask_rule=rule, given=pasted, weight=weight, feather=feather)
 
@@ -318,6 +315,15 @@ def _reduced(tensor: Tensor, most_pixels: int) -> Tensor:
         return tensor
     size = (max(1, int(height * scale)), max(1, int(width * scale)))
     return F.interpolate(tensor, size, mode="bilinear", antialias=True)
+
+
+def _stretched(
+    small: Tensor, canvas: Tensor, size: tuple[float, float], f: int, most_pixels: int
+) -> tuple[Size, tuple[int, int, int, int]]:
+    """The codes (h, w) to draw so that what is the picture of a padded canvas has so many pixels, and which part of the drawing that is."""
+    shown_h, shown_w = small.shape[-2] / canvas.shape[-2], small.shape[-1] / canvas.shape[-1]
+    grid = _grid_within(size[0] / shown_h, size[1] / shown_w, f, most_pixels)
+    return grid, (0, 0, max(1, round(grid[0] * f * shown_h)), max(1, round(grid[1] * f * shown_w)))
 
 
 def _grid_within(height: float, width: float, f: int, most_pixels: int) -> Size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,9 @@ from traceback import clear_frames
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
-from flexvar.accounting import plan
+from flexvar.accounting import encoding_memory, plan
 from flexvar.processes import kept_memory
 from flexvar.schedule import Schedule, Size
 from flexvar.tokenizer import TokenizerConfig
@@ -42,14 +43,18 @@ class Drawing(ContextDecorator):
     guided: bool
     dtype: torch.dtype
     device: torch.device
+    encoded: Size | None = None  # grid (h, w) of given pictures
+    given: int | None = None  # how many of these; None: one for each that is drawn
 
     def fits(self, free: int) -> bool:
         """Whether so many bytes are enough, beside the weights."""
         try:
             cost = plan(self.transformer, self.tokenizer, self.schedule, batch=self.batch, guided=self.guided, dtype=self.dtype)
+            given = min(self.batch, self.given or self.batch)
+            encoding = encoding_memory(self.tokenizer, self.encoded, given, self.dtype) if self.encoded else 0
         except ValueError:  # past counting
             return False
-        return cost.memory.working <= free
+        return max(cost.memory.working, encoding) <= free
 
     def largest_size(self, free: int) -> Size | None:
         """The largest grid (h, w) of this shape that fits into so many bytes, its short side rounded to whole codes; None if none does.
@@ -64,7 +69,8 @@ class Drawing(ContextDecorator):
 
         def too_large(side: int) -> bool:
             schedule = Schedule.for_grid(*shaped(side), len(self.schedule), self.transformer.trained_grid)
-            return not replace(self, schedule=schedule).fits(free)
+            encoded = shaped(side) if self.encoded == (h, w) else self.encoded  # given pictures that are drawn at their own size shrink too
+            return not replace(self, schedule=schedule, encoded=encoded).fits(free)
 
         side = bisect_right(range(1, min(longest, MOST_CODES) + 1), False, key=too_large)
         return shaped(side) if side else None
@@ -101,6 +107,25 @@ class Drawing(ContextDecorator):
         if error is not None and is_out_of_memory(error):
             clear_frames(trace)  # they hold the tensors of the drawing that failed
             raise MemoryError(self.complaint(free_memory(self.device))) from error
+
+
+def in_parts(drawing: Drawing, draw: Callable[[slice], Tensor], at_once: int | None = None) -> Tensor:
+    """All pictures of a drawing, so many at once; where that is left to us what fits, and fewer where that turns out to be too many.
+
+    draw: what a part of the pictures gives. Raises MemoryError where even one does not fit, or so many as were asked for.
+    """
+    drawn: list[Tensor] = []
+    start, step = 0, drawing.at_once() if at_once is None else at_once
+    while start < drawing.batch:
+        part = slice(start, min(start + step, drawing.batch))
+        try:
+            drawn.append(draw(part))
+            start = part.stop
+        except MemoryError:
+            if at_once is not None or part.stop - part.start == 1:
+                raise
+            step = (part.stop - part.start) // 2
+    return torch.cat(drawn)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

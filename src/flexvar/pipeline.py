@@ -16,16 +16,16 @@ from torch import Tensor
 from flexvar import editing, labels, linear
 from flexvar.arguments import both_sides, refuse_unknown, seeds_of, takes, warn, whole_number
 from flexvar.checkpoint import Defaults, Model, load, save
-from flexvar.compiled import compiled
+from flexvar.compiled import Recorded, compiled
 from flexvar.data import fitted
 from flexvar.data.given import GivenPictures, over_white, pictures_of
 from flexvar.editing import Edit
 from flexvar.generation import Draw, Keep, Step, draw_scales, generate, needed_guidance
 from flexvar.labels import Label
-from flexvar.memory import Drawing
+from flexvar.memory import Drawing, in_parts
 from flexvar.models import model_folder, released_model, write_released
 from flexvar.sampling import Guidance, Sampling
-from flexvar.schedule import Schedule, grid_of
+from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.settings import DrawingSettings, MaskedEditSettings, OutpaintSettings, Settings, SizedEditSettings
 from flexvar.sheet import Images, OutputType, as_output, check_output_type, to_pil
 from flexvar.tokenizer import Tokenizer
@@ -182,22 +182,15 @@ class FlexVARPipeline:
         indices = self.labels_of(_listed(class_labels, edit))
         seeds = seeds_of(settings.pop("seed", None), len(indices))
         grids, guidance, sampling = self._how(indices, edit, height, width, settings)
-        drawing = self._drawing(grids, len(indices), guidance)
-        at_once = drawing.at_once() if batch_size is None else whole_number(batch_size, "batch_size")
-        if at_once < 1:
+        at_once = None if batch_size is None else whole_number(batch_size, "batch_size")
+        if at_once is not None and at_once < 1:
             raise ValueError(f"batch_size is {at_once}; draw at least 1 picture at a time")
-        drawn: list[Tensor] = []
-        start = 0
-        while start < len(indices):
-            part = slice(start, start + at_once)
-            try:
-                drawn.append(self._finished(indices[part], seeds[part], edit and edit.part(part), grids, guidance, sampling))
-                start += at_once
-            except MemoryError:
-                if batch_size is not None or len(indices[part]) == 1:
-                    raise
-                at_once = len(indices[part]) // 2
-        return FlexVAROutput(as_output(torch.cat(drawn), output_type), indices, seeds)
+
+        def drawn(part: slice) -> Tensor:
+            return self._finished(indices[part], seeds[part], edit and edit.part(part), grids, guidance, sampling)
+
+        images = in_parts(self._drawing(grids, len(indices), guidance, edit), drawn, at_once)
+        return FlexVAROutput(as_output(images, output_type), indices, seeds)
 
     @takes(DrawingSettings)
     def stream(
@@ -233,7 +226,7 @@ class FlexVARPipeline:
         self, indices: list[int], seeds: list[int], edit: Edit | None, grids: Schedule, guidance: Guidance, sampling: Sampling
     ) -> Iterator[Step]:
         """The steps of a drawing that was asked for in full."""
-        drawing = self._drawing(grids, len(indices), guidance)
+        drawing = self._drawing(grids, len(indices), guidance, edit)
         drawing.refuse_what_cannot_fit()
         with drawing:
             keep = None if edit is None else self._keep(edit, grids)
@@ -307,8 +300,15 @@ class FlexVARPipeline:
     def _keep(self, edit: Edit, schedule: Schedule) -> Keep:
         """The codes of an edit's canvas, where and as far as they are kept."""
         kept = schedule.sizes[: edit.kept(schedule)]
-        features = self.tokenizer.features(edit.canvas.to(self.tokenizer.after_codes.weight))
-        return edit.keep(self.tokenizer.codes(features, kept) if kept else [])
+        return edit.keep(self._codes(edit.canvas, kept) if kept else [])
+
+    def _codes(self, pictures: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
+        """The codes (P, h, w) of pictures (P, 3, H, W) in [-1, 1], at each of the scales."""
+
+        def codes() -> list[Tensor]:
+            return self.tokenizer.codes(self.tokenizer.features(pictures.to(self.tokenizer.after_codes.weight)), sizes)
+
+        return self._draw.making_room(codes) if isinstance(self._draw, Recorded) else codes()
 
     # -- through the tokenizer --
 
@@ -329,17 +329,24 @@ class FlexVARPipeline:
         height, width = both_sides(height, width, own, f)
         grid = grid_of(height, width, f)
         pixels = torch.from_numpy(np.stack([np.asarray(fitted(one, (height, width))) for one in pictures])).permute(0, 3, 1, 2)
-        drawing = self._drawing(Schedule((grid,)), len(pictures), Guidance("constant", 1.0))
-        drawing.refuse_what_cannot_fit()
-        with drawing:
-            (codes,) = self.tokenizer.codes(self.tokenizer.features(pixels.to(self.tokenizer.after_codes.weight) / 127.5 - 1), [grid])
-            return FlexVAROutput(as_output(self.tokenizer.decode(codes).float().cpu(), output_type), [], [])
+        drawing = replace(self._drawing(Schedule((grid,)), len(pictures), Guidance("constant", 1.0)), encoded=grid)
 
-    def _drawing(self, schedule: Schedule, batch: int, guidance: Guidance) -> Drawing:
+        def rebuilt(part: slice) -> Tensor:
+            with (fitting := replace(drawing, batch=len(pixels[part]))):
+                fitting.refuse_what_cannot_fit()
+                (codes,) = self._codes(pixels[part] / 127.5 - 1, [grid])
+                return self.tokenizer.decode(codes).float().cpu()
+
+        return FlexVAROutput(as_output(in_parts(drawing, rebuilt), output_type), [], [])
+
+    def _drawing(self, schedule: Schedule, batch: int, guidance: Guidance, edit: Edit | None = None) -> Drawing:
         """What is about to be drawn, so that running out of memory is told with the size that fits."""
         transformer = self.transformer.config
         guided = any(factor != 1 for factor in guidance.weights(schedule, transformer.trained_grid))
-        return Drawing(transformer, self.tokenizer.config, schedule, batch, guided, self.dtype, self.device)
+        drawing = Drawing(transformer, self.tokenizer.config, schedule, batch, guided, self.dtype, self.device)
+        if edit is None or not edit.kept(schedule):
+            return drawing
+        return replace(drawing, encoded=edit.native, given=1 if len(edit) == 1 else None)
 
     # -- what the words mean --
 

@@ -18,6 +18,7 @@ Greedy: TypeAlias = Literal["none", "official"] | tuple[int | Size, ...]
 OFFICIAL_SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
 """Square scales that the released evaluation samples; it draws all others with top-k 1 (released code; not in the paper)."""
 
+MOST_CANDIDATES = 1 << 20  # that are chosen among at the same time, which bounds the memory that it takes
 LARGEST_SCALE = 1e30  # of guidance, so that logits and weights stay within float32
 
 
@@ -142,8 +143,15 @@ def choose(logits: Tensor, numbers: Tensor, sampling: Sampling, greedy: bool = F
     """Codes (B, n) from logits (B, n, V) and uniform numbers (B, n): the inverse of the candidates' cumulative distribution."""
     if greedy or sampling.top_k == 1:
         return logits.argmax(-1)
+    at_once = max(1, MOST_CANDIDATES // (sampling.top_k or logits.shape[-1]))
+    parts = zip(logits.flatten(0, 1).split(at_once), numbers.flatten().split(at_once), strict=True)
+    return torch.cat([_chosen(*part, sampling) for part in parts]).view_as(numbers)
+
+
+def _chosen(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
+    """The codes (n,) of some tokens: logits (n, V), numbers (n,)."""
     probabilities, codes = candidates(logits, sampling.top_k, sampling.top_p, sampling.temperature)
-    reached = probabilities.cumsum(-1)  # (B, n, k)
+    reached = probabilities.cumsum(-1)  # (n, k)
     target = numbers.to(reached)[..., None] * reached[..., -1:]
     kept = (probabilities > 0).sum(-1, keepdim=True)  # a sum in parallel may still move behind them
     chosen = (reached <= target).sum(-1, keepdim=True).minimum(kept - 1).clamp_min(0)

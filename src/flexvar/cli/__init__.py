@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             from flexvar.memory import is_out_of_memory
 
-            if not is_out_of_memory(error):
+            if os.environ.get("FLEXVAR_TRACEBACK") or not is_out_of_memory(error):
                 raise
             line = str(error) if isinstance(error, MemoryError) else ""  # torch's own lines name no mend
             print(f"flexvar: {line or 'not enough memory; take smaller pictures or a smaller batch (see `flexvar plan`)'}", file=sys.stderr)

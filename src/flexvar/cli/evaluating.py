@@ -143,11 +143,13 @@ def run_reference(words: Words) -> None:
 def run_sweep(words: Words) -> None:
     from flexvar.evaluation.sweep import SWEPT, plot, sweep, table
     from flexvar.pipeline import FlexVARPipeline
-    from flexvar.writing import write_whole
+    from flexvar.writing import check_writable, write_whole
 
     _refuse_processes()
     named = vars(words) | {"num_inference_steps": words.steps}
     grid = {name: named[name] for name in SWEPT if named[name] is not None}
+    if not any(words.out.glob("*.trial.json")):  # what stands there is not of an earlier sweep
+        check_writable(words.out / "table.txt", words.out / "plot.png", overwrite=words.overwrite)
     pipe = FlexVARPipeline.from_pretrained(words.model)
     move(pipe, words)
     extractor = _extractor(words)
@@ -177,6 +179,7 @@ def run_tokenizer(words: Words) -> None:
     from flexvar.writing import check_writable
 
     _refuse_processes()
+    _exact()
     check_writable(words.out, overwrite=words.overwrite)
     if (words.lpips_vgg is None) != (words.lpips_linear is None):
         raise ValueError("LPIPS needs two files; give both --lpips-vgg and --lpips-linear, or neither")
@@ -215,12 +218,18 @@ def _evaluate(pictures: PictureSet, words: Words, **kept: Path | None) -> None:
 
 def _extractor(words: Words) -> Extractor:
     """The extractor asked for, on its device."""
-    import torch
 
     from flexvar.evaluation.extractors import load_extractor
 
-    torch.backends.cudnn.allow_tf32 = False  # which torch allows convolutions by default: features would be those of rounded pictures
+    _exact()
     return load_extractor(words.extractor, words.weights).to(device_of(words.device))
+
+
+def _exact() -> None:
+    """No TensorFloat-32, which torch allows convolutions by default: features and codes would be those of rounded pictures."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _refuse_processes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from flexvar.arguments import seeds_of
+from flexvar.evaluation.extraction import PIECE
 from flexvar.evaluation.stored import AT_ONCE
 from flexvar.models import model_folder
 from flexvar.pipeline import FlexVARPipeline
@@ -30,7 +31,7 @@ class DrawnPictures:
     ) -> None:
         if per_class < 1 or batch < 1:
             raise ValueError(f"{per_class} pictures of each class, {batch} at a time, cannot be drawn; give at least 1 of both")
-        self.pipe, self.name, self.per_class, self.seed, self.batch = pipe, name, per_class, seed, batch
+        self.pipe, self.name, self.per_class, self.seed, self.batch = pipe, name, per_class, seed, min(batch, PIECE)
         self._classes, self._settings = pipe.transformer.config.classes, settings
         self.caveats: list[str] = []
         self._seeds = seeds_of(seed, len(self))

@@ -43,7 +43,7 @@ def evaluate(
         "samples": json.loads(json.dumps(pictures.about)),
         "extractor": extractor.sha256,
         "machine": machine(extractor.device),
-        "pictures kept": npz is not None,
+        "pictures kept": None if npz is None else str(npz.resolve()),
         "files": None if pngs is None else str(pngs.resolve()),
     }
     if rank == 0:
