@@ -45,8 +45,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "coarse cells with any white": {"mask_rule": "any"},
     "coarse cells with a majority of white": {"mask_rule": "majority"},
     "no feather": {"feather": 0},
-    "a feather of 4 px": {"feather": 4},
-    "a feather of 16 px": {"feather": 16},
     "without guidance": {"guidance_scale": 1.0},
     "without a class": {"class_labels": None},
 }
@@ -237,6 +235,9 @@ def main() -> int:
         return int(not reached)
     for name, settings in WAYS.items():
         trial.way(name, **settings)
+    code = trial.pipe.tokenizer.config.downsample  # px, and the usual feather
+    trial.way("a feather of half a code", feather=code // 2)
+    trial.way("a feather of two codes", feather=2 * code)
     for name, replaced in OTHER_WAYS.items():
         with replaced(trial.pipe):
             trial.way(name)

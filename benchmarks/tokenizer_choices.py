@@ -27,7 +27,8 @@ from flexvar.training.settings import TokenizerRun
 from flexvar.training.start import start
 
 CONFIG = Path("configs/emoji/tokenizer.yaml")
-PLAIN = ["sizes=[[48,48]]", "batch=8", "scales=3", "continuous=0.2", "measure=0", "workers=0", "keep=1"]
+NETWORK = ["model.channels=16", "model.multipliers=[1,2,4,8]"]
+PLAIN = [*NETWORK, "sizes=[[48,48]]", "batch=8", "scales=3", "continuous=0.2", "measure=0", "workers=0", "keep=1"]
 ADVERSARY = ["adversary.weight=0.1", "adversary.channels=24", "adversary.layers=2", "smallest=32"]
 CHOICES: dict[str, list[str]] = {
     "plain": [],

@@ -38,7 +38,7 @@ def sizes_sheet(pipe: FlexVARPipeline, label: str) -> Image.Image:
     small, long = side * 5 // 8, side * 15 // 8
     half, large = side * 3 // 4, side * 3 // 2
     sizes = [(side, side), (small, long), (half, large), (long, small), (large, half), (large, large)]
-    pictures = [enlarged(pipe(label, height=height, width=width, seed=7, top_p=0.8).images[0]) for height, width in sizes]
+    pictures = [enlarged(pipe(label, height=height, width=width, seed=7).images[0]) for height, width in sizes]
     captions = [f"{height} x {width}" for height, width in sizes]
     return sheet([pictures[:3], pictures[3:]], [captions[:3], captions[3:]])
 
@@ -57,7 +57,7 @@ def growing(pipe: FlexVARPipeline, label: str) -> list[Image.Image]:
     small, long = side * 5 // 8, side * 15 // 8
     films = []
     for height, width in ((side, side), (small, long), (long, small)):
-        steps = pipe.stream(label, height=height, width=width, seed=7, top_p=0.8)
+        steps = pipe.stream(label, height=height, width=width, seed=7)
         films.append([to_pil(step.images)[0].resize((width * ZOOM, height * ZOOM), Image.Resampling.BICUBIC) for step in steps])
     last = max(map(len, films))
     return [sheet([[film[min(frame, len(film) - 1)] for film in films]]) for frame in range(last)]

@@ -16,20 +16,20 @@ ZOOM = 2
 def main() -> None:
     arguments = argparse.ArgumentParser(description="Refines, inpaints, outpaints and enlarges pictures that the model has drawn.")
     arguments.add_argument("out", type=Path, metavar="OUT_FILE.png")
-    arguments.add_argument("labels", nargs="*", default=["pizza", "alien", "frog"], metavar="CLASS")
+    arguments.add_argument("labels", nargs="*", default=["pizza", "strawberry", "sunflower"], metavar="CLASS")
     arguments.add_argument("--model", default="emoji", help="another model's name or folder")
     words = arguments.parse_args()
     pipe, rows = FlexVARPipeline.from_pretrained(words.model), []
     for label in words.labels:
-        given = pipe(label, seed=5, top_p=0.8).images[0]
+        given = pipe(label, seed=5).images[0]
         width, height = given.size
         mask = Image.new("L", given.size)
         ImageDraw.Draw(mask).rectangle((width // 2, 0, width, height), fill=255)
         missing = Image.composite(Image.new("RGB", given.size, "grey"), given, mask)
-        refined = pipe.refine(given, 0.5, label, seed=1).images[0]
-        painted = pipe.inpaint(given, mask, label, seed=1).images[0]
-        wider = pipe.outpaint(given, label, left=width // 2, right=width // 2, seed=1).images[0]
-        larger = pipe.upscale(given, 1.5, label, seed=1).images[0]
+        refined = pipe.refine(given, 0.5, label, seed=3).images[0]
+        painted = pipe.inpaint(given, mask, label, seed=3).images[0]
+        wider = pipe.outpaint(given, label, left=width // 2, right=width // 2, seed=3).images[0]
+        larger = pipe.upscale(given, 1.5, label, seed=3).images[0]
         shown = [given, refined, missing, painted, wider, larger]
         rows.append([picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.BICUBIC) for picture in shown])
     captions = ["given", "refine 0.5", "without its half", "inpaint", "outpaint", "upscale 1.5"]

@@ -9,10 +9,13 @@ import pytest
 import torch
 from benchmarks import editing, eight_bits, evaluation, speed
 from examples import bundle, demo, edit, evaluate, nearest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from flexvar import zoo
 from flexvar.checkpoint import load
+from flexvar.training.config import read_config
+from flexvar.training.settings import TokenizerRun, TransformerRun
 
 SHEETS = ("classes.png", "sizes.png", "steps.png", "scales.png")
 
@@ -100,6 +103,24 @@ def test_the_bundled_model_keeps_its_promises() -> None:
     model = load(folder)
     assert len(model.class_names) >= 40
     assert {"about", "data", "licence", "machine", "tokenizer", "transformer"} <= model.provenance.keys()
+
+
+def test_the_bundled_model_was_trained_as_the_configs_say() -> None:
+    """By these and nothing else; where its runs lay is all that may differ."""
+    provenance = load(zoo.bundled_folder("emoji")).provenance
+    (coarse,) = provenance["earlier runs of the transformer"]
+    runs = {"tokenizer": provenance["tokenizer"], "coarse": coarse, "transformer": provenance["transformer"]}
+    for name, run in runs.items():
+        kind = TokenizerRun if name == "tokenizer" else TransformerRun
+        asked = OmegaConf.to_container(OmegaConf.structured(read_config(kind, f"configs/emoji/{name}.yaml")))
+        assert run["trained"]["steps"] == asked["steps"]
+        told = run["config"]
+        for folder in ("run", "tokenizer", "init_from"):
+            assert bool(told.pop(folder, "")) == bool(asked.pop(folder, ""))
+        known = told.keys() & asked.keys()  # settings come and go; those that a run did not know are as they were then
+        assert {name: told[name] for name in known} == {name: asked[name] for name in known}
+        assert len(known) >= 20
+    assert coarse["config"]["finest"] == 8
 
 
 def test_bundling_halves_the_weights(tmp_path: Path, monkeypatch, capsys) -> None:

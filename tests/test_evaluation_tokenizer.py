@@ -73,12 +73,13 @@ def test_two_sizes_of_the_bundled_model(folder: Path, tmp_path: Path, capsys) ->
     square, oblong = report["sizes"]
     assert (square["height"], square["width"], oblong["height"], oblong["width"]) == (64, 64, 40, 72)
     model = load(model_folder("emoji"))
+    factor = model.tokenizer.config.downsample
     for size in report["sizes"]:
-        grid = size["height"] // 8, size["width"] // 8
-        schedule = Schedule.for_grid(*grid, model.defaults.num_inference_steps, 8)
+        grid = size["height"] // factor, size["width"] // factor
+        schedule = Schedule.for_grid(*grid, model.defaults.num_inference_steps, model.transformer.config.trained_grid)
         assert [tuple(scale["codes"]) for scale in size["scales"]] == list(schedule)
         for scale in size["scales"]:
-            assert ("rfid" in scale) == (min(scale["codes"]) * 8 >= 32)
+            assert ("rfid" in scale) == (min(scale["codes"]) * factor >= 32)
             assert "lpips" not in scale
             assert 1 <= scale["perplexity"] <= scale["use"] * 1024 + 1e-6
             assert scale["use"] <= size["use of all scales"] <= 1
@@ -106,7 +107,7 @@ def test_two_sizes_of_the_bundled_model(folder: Path, tmp_path: Path, capsys) ->
     table = rows(printed.out)
     assert table[""] == ["codes", "pixels", "rFID", "PSNR", "SSIM", "L1", "in", "use", "perplexity"]
     assert table["1x1"][0] == "-"
-    assert table["8x8"][:2] == [f"{square['scales'][-1]['rfid']:.3f}", f"{square['scales'][-1]['psnr']:.2f}"]
+    assert table["16x16"][:2] == [f"{square['scales'][-1]['rfid']:.3f}", f"{square['scales'][-1]['psnr']:.2f}"]
     assert "40 x 72 px" in printed.out
     assert printed.out.endswith(f"{out}\n")
     assert "64 x 64 px, 7 pictures at a time: 3 of 3" in printed.err
@@ -122,10 +123,10 @@ def fitted_by_hand(picture: Image.Image, height: int, width: int) -> np.ndarray:
 
 def test_rfid_is_the_distance_of_saved_pictures(folder: Path, tmp_path: Path) -> None:
     """Of the pictures that a scale decodes from those that it should, both as a PNG would hold them."""
-    report = evaluated(tmp_path / "scores.json", "emoji", folder, "--sizes", 64, "--schedule", "1,6,8", "--extractor", "classifier")
+    report = evaluated(tmp_path / "scores.json", "emoji", folder, "--sizes", 64, "--schedule", "1,12,16", "--extractor", "classifier")
     originals = [np.asarray(Image.open(path))[:, 4:68] for path in dealt(folder)]  # 64 x 72 cropped to 64 x 64
     images = torch.from_numpy(np.stack(originals)).permute(0, 3, 1, 2) / 127.5 - 1
-    made = list(rebuilt_by_scale(load(model_folder("emoji")).tokenizer, images, Schedule.square([1, 6, 8])))
+    made = list(rebuilt_by_scale(load(model_folder("emoji")).tokenizer, images, Schedule.square([1, 12, 16])))
     for scale, (codes, rebuilt, target) in zip(report["sizes"][0]["scales"][1:], made[1:], strict=True):
         features = [load_classifier().features(((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1) for x in (rebuilt, target)]
         assert scale["rfid"] == pytest.approx(frechet_distance(*moments(features[0]), *moments(features[1])), rel=1e-3)
@@ -196,9 +197,9 @@ def test_lpips_of_scales_that_are_large_enough(small_model: str, folder: Path, t
         (["emoji", "{tmp}/nowhere"], "there is no"),
         (["emoji", "{tmp}"], "no pictures"),
         (["nobody/nothing/at/all", "{folder}"], "no model folder"),
-        (["emoji", "{folder}", "--sizes", "64", "60x64"], "nearest height is 56 or 64"),
+        (["emoji", "{folder}", "--sizes", "64", "62x64"], "nearest height is 60 or 64"),
         (["emoji", "{folder}", "--sizes", "big"], "is not a size"),
-        (["emoji", "{folder}", "--schedule", "1,4", "--sizes", "64"], "height is 64, but the schedule ends at 32 px"),
+        (["emoji", "{folder}", "--schedule", "1,4", "--sizes", "64"], "height is 64, but the schedule ends at 16 px"),
         (["emoji", "{folder}", "--schedule", "1,4", "--steps", "3"], "the schedule has 2"),
         (["emoji", "{folder}", "--steps", "1"], "at least 2"),
         (["emoji", "{folder}", "--count", "0"], "count is 0"),
@@ -208,7 +209,7 @@ def test_lpips_of_scales_that_are_large_enough(small_model: str, folder: Path, t
         (["emoji", "{folder}", "--lpips-vgg", "vgg.pth", "--lpips-linear", "vgg.pth"], "no file vgg.pth"),
         (["emoji", "{folder}", "--device", "abacus"], "no device"),
         (["emoji", "{tmp}/of.npz", "--sizes", "64"], "only those of a folder can be resized"),
-        (["emoji", "{tmp}/of.npz"], "nearest height is 24 or 32"),
+        (["emoji", "{tmp}/of.npz"], "nearest height is 28 or 32"),
         (["emoji", "{tmp}/floats.npz"], "float"),
     ],
 )
