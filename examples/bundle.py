@@ -23,9 +23,11 @@ ABOUT = {
 
 def with_earlier_runs(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What a model says of itself, and beside its transformer's run those that this one began from, the first one first."""
+    if "earlier runs of the transformer" in provenance:
+        return dict(provenance)
     earlier: list[Any] = []
     begun_from = provenance["transformer"]["config"]["init_from"]
-    while begun_from and "earlier runs of the transformer" not in provenance:
+    while begun_from:
         run = load(begun_from).provenance["transformer"]
         earlier.insert(0, run)
         begun_from = run["config"]["init_from"]

@@ -218,7 +218,6 @@ def _evaluate(pictures: PictureSet, words: Words, **kept: Path | None) -> None:
 
 def _extractor(words: Words) -> Extractor:
     """The extractor asked for, on its device."""
-
     from flexvar.evaluation.extractors import load_extractor
 
     _exact()

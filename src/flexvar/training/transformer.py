@@ -49,7 +49,7 @@ class TransformerWorkshop(Workshop):
     def speed_up(self) -> None:
         """Has what stands before and after attention compiled, if the config says so.
 
-        Attention itself is a call a scale, and their number changes from step to step. Raises ValueError for one that torch does not know.
+        Attention itself is a call a scale, and their number changes from step to step. ValueError for a backend that torch does not know.
         """
         if not (backend := self.config.compile):
             return
