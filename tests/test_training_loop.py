@@ -256,11 +256,14 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_stopped_with_workers_it_saves_and_goes_on(number: signal.Signals, tokenizer: Path, tmp_path: Path, capsys) -> None:
-    """The signal reaches the workers too, as Ctrl-C in a terminal and the end of torchrun do."""
+    """The signal reaches the workers too, as Ctrl-C in a terminal and the end of a job do."""
     config = transformer_config(tmp_path, tokenizer, steps=2000, name="stopped")
     running = flexvar("train", "transformer", str(config), "workers=2", start_new_session=True)
     wait_for(tmp_path / "stopped" / "log.jsonl", running)
-    os.killpg(running.pid, number)
+    workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) >= 2
+    for process in [*map(int, workers), running.pid]:
+        os.kill(process, number)
     said, _ = running.communicate(timeout=60)
     assert running.returncode == 130, said
     assert "the same command goes on" in said

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import wraps
@@ -106,11 +104,3 @@ def refuse_unknown(called: str, keywords: Iterable[str], taken: Sequence[str]) -
             close = get_close_matches(name, taken, 1)
             mend = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(taken)}"
             raise TypeError(f"{called}() takes no keyword {name!r}; {mend}")
-
-
-def warn(message: str) -> None:
-    """A warning that points at the line outside of this package that led to it."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "flexvar":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flexvar.attention import block_causal_mask
+from flexvar.checks import warn
 from flexvar.schedule import Schedule
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
 from flexvar.transformer import Transformer, TransformerConfig
@@ -145,10 +145,10 @@ def warn_of_differences(tokenizer: TokenizerConfig, transformer: TransformerConf
     differing = [name for name in fixed if name not in FREE and ours[name] != fixed[name]]
     if differing:
         differences = ", ".join(f"{name} is {ours[name]} instead of {fixed[name]}" for name in differing)
-        warnings.warn(f"the released code builds models of its own shape: {differences}; change it to load these files", stacklevel=3)
+        warn(f"the released code builds models of its own shape: {differences}; change it to load these files")
     if transformer.positions != "area":
         side = transformer.table_side * tokenizer.downsample
-        warnings.warn(f"the released code knows positions by area only: above {side} px it draws otherwise than this model", stacklevel=3)
+        warn(f"the released code knows positions by area only: above {side} px it draws otherwise than this model")
 
 
 def to_released(module: Tokenizer | Transformer) -> dict[str, Tensor]:

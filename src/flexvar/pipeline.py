@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from flexvar import editing, labels, linear
-from flexvar.arguments import both_sides, refuse_unknown, seeds_of, takes, warn, whole_number
+from flexvar.arguments import both_sides, refuse_unknown, seeds_of, takes, whole_number
 from flexvar.checkpoint import Defaults, Model, load, save
+from flexvar.checks import warn
 from flexvar.compiled import Recorded, compiled
 from flexvar.data import fitted
 from flexvar.data.given import GivenPictures, over_white, pictures_of

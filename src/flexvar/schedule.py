@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import random
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Literal, TypeAlias
+
+from flexvar.checks import warn
 
 Size: TypeAlias = tuple[int, int]
 ScheduleLike: TypeAlias = "Schedule | str | Sequence[int | Sequence[int]]"
@@ -123,15 +124,12 @@ class Schedule:
         Raises ValueError, naming the nearest possible sizes, when a side is not a multiple of `downsample`, and when fewer than 2 steps
         are asked for. Warns in one line when the picture is too small for so many different scales.
         """
-        if steps < 2:
-            raise ValueError(f"{steps} steps are too few; a schedule from 1x1 to the full grid has at least 2")
+        check_steps(steps)
         schedule = cls.for_grid(*grid_of(height, width, downsample), steps=steps, trained_grid=trained_grid)
         if len(schedule) < steps:
             most = cls.max_steps(*schedule.sizes[-1], trained_grid=trained_grid)
-            warnings.warn(
-                f"{height}x{width} px is drawn in {len(schedule)} steps instead of {steps}: equal scales merge (at most {most} differ)",
-                stacklevel=2,
-            )
+            size = f"{height}x{width} px"
+            warn(f"{size} is drawn in {len(schedule)} steps instead of {steps}: equal scales merge (at most {most} differ)")
         return schedule
 
     @classmethod
@@ -184,6 +182,12 @@ class Schedule:
         """Where each scale lies among the L tokens."""
         ends = [sum(self.counts[: k + 1]) for k in range(len(self))]
         return tuple(slice(end - count, end) for end, count in zip(ends, self.counts, strict=True))
+
+
+def check_steps(steps: int) -> None:
+    """ValueError for fewer than 2 steps."""
+    if steps < 2:
+        raise ValueError(f"{steps} steps are too few; a schedule from 1x1 to the full grid has at least 2")
 
 
 def sizes_of(scales: Sequence[int | Sequence[int]]) -> tuple[Size, ...]:

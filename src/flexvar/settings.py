@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, TypeVar
 
-from flexvar.arguments import both_sides, warn, whole_number
+from flexvar.arguments import both_sides, whole_number
 from flexvar.checkpoint import Model
 from flexvar.editing import Anchor, Edit, MaskRule
 from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
-from flexvar.schedule import FINEST, Schedule, ScheduleLike, grid_of
+from flexvar.schedule import FINEST, Schedule, ScheduleLike, check_steps, grid_of
 from flexvar.sheet import OutputType
 
 S = TypeVar("S", Guidance, Sampling)
@@ -135,17 +135,13 @@ class Settings:
                 raise ValueError(f"num_inference_steps is {steps}, but the schedule has {len(given)}; give one of the two")
             return given
         asked = self.defaults.num_inference_steps if steps is None else whole_number(steps, "num_inference_steps")
-        if steps is not None and asked < 2:
-            raise ValueError(f"{asked} steps are too few; a schedule from 1x1 to the full grid has at least 2")
         if edit is not None:
+            check_steps(asked)
             return edit.schedule(asked, trained_grid)
-        grid = grid_of(*both_sides(height, width, (self.defaults.height, self.defaults.width), f), f)
-        scales = Schedule.for_grid(*grid, asked, trained_grid)
-        if steps is not None and len(scales) < asked:
-            most = Schedule.max_steps(*grid, trained_grid=trained_grid)
-            size = f"{grid[0] * f}x{grid[1] * f}"
-            warn(f"{size} px is drawn in {len(scales)} steps instead of {asked}: equal scales merge (at most {most} differ)")
-        return scales
+        height, width = both_sides(height, width, (self.defaults.height, self.defaults.width), f)
+        if steps is None:  # nobody asked for so many
+            return Schedule.for_grid(*grid_of(height, width, f), asked, trained_grid)
+        return Schedule.for_size(height, width, asked, f, trained_grid)
 
 
 def _replaced(defaults: S, **given: Any) -> S:

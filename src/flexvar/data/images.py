@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from flexvar.checks import warn
 from flexvar.data.source import check_request
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -143,7 +143,7 @@ def readable(name: Path, decode: Callable[[], Image.Image], unreadable: list[Pat
         return decode()
     except (OSError, ValueError) as error:
         unreadable.append(name)
-        warnings.warn(f"skipped a picture: {error}", stacklevel=3)
+        warn(f"skipped a picture: {error}")
         return None
 
 

@@ -4,7 +4,6 @@ import glob
 import json
 import os
 import tarfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
+from flexvar.checks import warn
 from flexvar.data.hub import data_package, named_classes, open_split, stored_picture, with_columns
 from flexvar.data.images import Augmentation, decoded, readable
 
@@ -101,7 +101,7 @@ class TarShards(ShardSource):
     def _damaged(self, path: Path, _: Exception | None = None) -> bool:
         if path not in self.damaged:
             self.damaged.append(path)
-            warnings.warn(f"{path} is damaged or cut off: what can be read of it is used", stacklevel=2)
+            warn(f"{path} is damaged or cut off: what can be read of it is used")
         return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import urllib.request
-import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from flexvar import zoo
+from flexvar.checks import warn
 from flexvar.evaluation.classifier import BUNDLED, Classifier, load_classifier
 from flexvar.evaluation.inception import load_inception
 from flexvar.memory import is_out_of_memory
@@ -104,7 +104,7 @@ def load_extractor(name: str | Path = "inception", weights: Path | str | None = 
         path = Path(weights) if weights is not None else _cached_inception()
         extractor = Extractor("inception", path, load_inception(path), lambda network, pictures: Features(*network(pictures)))
         if not extractor.published:
-            warnings.warn(f"{path} is not the usual {INCEPTION_FILE}; do not compare its numbers with published ones", stacklevel=2)
+            warn(f"{path} is not the usual {INCEPTION_FILE}; do not compare its numbers with published ones")
         return extractor
     if weights is not None:
         raise ValueError(f"the extractor {name} takes no weights beside it, only inception does; leave them out")

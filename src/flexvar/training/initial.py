@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flexvar.checkpoint import TOKENIZER, load
+from flexvar.checks import warn
 from flexvar.models import model_folder
 from flexvar.official import read_released, released_name
 from flexvar.position import resample
@@ -44,7 +44,7 @@ def check_codes(folder: Path, tokenizer: Tokenizer, name: str) -> None:
         )
     if not torch.allclose(F.normalize(theirs, dim=-1), F.normalize(ours, dim=-1), rtol=0, atol=ROUNDING):
         told = f"{folder} was trained on other codes than {name} has, and must learn these; tokenizer={folder} has its own"
-        warnings.warn(told, stacklevel=2)
+        warn(told)
 
 
 def begin_from(name: str, network: nn.Module, class_names: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
     fitting = {key: tensor for key, tensor in tensors.items() if key in ours and ours[key].shape == tensor.shape}
     if any(key.startswith(CODES) and key not in fitting for key in ours):
         fitting = {key: tensor for key, tensor in fitting.items() if not key.startswith(CODES)}
-        warnings.warn(f"{name} has other codes; they begin anew, beside its encoder and decoder", stacklevel=3)
+        warn(f"{name} has other codes; they begin anew, beside its encoder and decoder")
     for key in ours:
         if key not in fitting and not key.startswith(CODES):
             there = f"has shape {tuple(tensors[key].shape)} instead of {tuple(ours[key].shape)}" if key in tensors else "is missing"

@@ -156,12 +156,13 @@ def spare_cores() -> int:
 
 
 def _leave_signals_to_the_loop(_: int) -> None:
-    """Ctrl-C, and torchrun where it ends a run, reach a whole group of processes; the loop still needs its batch to finish the step.
+    """Ctrl-C, and the end of a job under torchrun or Slurm, reach all processes; the loop still needs its batch to finish a step.
 
-    So a worker leaves the group, where there are groups. It still ends when the loop tells it to, or is no more.
+    So a worker leaves the group, where there are groups, and lets one request to end pass; the loop itself sends another to one that is
+    stuck. It also ends where the loop is no more.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
