@@ -1,5 +1,6 @@
 """Folders of pictures: any file as a person sees it, any size, and damage that stops nothing."""
 
+import pickle
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flexvar.data.images import ImageFolder, imagenet_classes, open_picture
+from flexvar.data.images import ImageFolder, _Names, imagenet_classes, open_picture
 from flexvar.data.source import PictureSource
 
 
@@ -45,6 +46,13 @@ def test_class_folders_are_sorted_and_imagenet_names_are_spoken(folder: Path) ->
         pixels, label = source.draw(index, (16, 16), np.random.default_rng(index))
         assert label == index // 3
         assert tuple(pixels[8, 8]) == [(255, 0, 0), (0, 255, 0), (0, 0, 255)][label]
+
+
+def test_a_listing_is_small_and_knows_any_name(tmp_path: Path) -> None:
+    names = ["é/ü.png", "a\nb.png", "x" * 200 + ".png", "n/日本.png", *(f"n0144/{n:08d}.JPEG" for n in range(1000))]
+    listing = _Names(iter(names))
+    assert [listing[place] for place in range(len(names))] == names
+    assert len(pickle.dumps(listing)) < 40 * len(names)  # a path alone takes some 300 bytes
 
 
 def test_a_folder_of_pictures_is_one_class(tmp_path: Path) -> None:

@@ -120,12 +120,13 @@ def test_killed_and_resumed(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_two_processes_train_as_one(stage: str, trained_tokenizer: Path, tmp_path: Path, capsys) -> None:
     make = {
-        "tokenizer": lambda name: tokenizer_config(tmp_path, name=name),
+        "tokenizer": lambda name: tokenizer_config(tmp_path, steps=6, name=name),
         "transformer": lambda name: transformer_config(tmp_path, trained_tokenizer, name=name),
     }[stage]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flexvar"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = ["restart_every=0"] if stage == "tokenizer" else []  # each process would start codes anew from its own pictures
+    opposed = ["adversary.weight=0.5", "adversary.start=2", "adversary.channels=4", "adversary.layers=1", "smallest=16"]
+    words = opposed if stage == "tokenizer" else ["accumulate=2"]
     run = subprocess.run([*launch, "train", stage, str(make("two")), *words], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert main(["train", stage, str(make("one")), *words]) == 0
@@ -227,7 +228,12 @@ def test_folder_of_pictures_with_a_corrupt_one(tmp_path: Path, capsys) -> None:
     assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), *words]) == 0
     said = capsys.readouterr()
     assert broken.name in said.err
-    assert f"1 pictures could not be read and were skipped: {broken.parent.name}/{broken.name}" in said.out
+    told = f"1 pictures could not be read and were skipped: {broken.parent.name}/{broken.name}"
+    assert told in said.out
+    assert reports(tmp_path / "tokenizer")[-1]["unreadable_pictures"] == 1
+    broken.unlink()  # it stays known to a run that goes on
+    assert main(["train", "tokenizer", str(tmp_path / "tokenizer.yaml"), *words, "steps=6"]) == 0
+    assert told in capsys.readouterr().out
 
 
 def test_shipped_configs_are_read() -> None:

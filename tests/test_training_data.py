@@ -18,7 +18,8 @@ from flexvar.cli import main
 from flexvar.data import FeatureCache, Shapes
 from flexvar.data.shards import TarShards
 from flexvar.training.order import Batch, Steps, picture_at
-from flexvar.training.start import _same_classes
+from flexvar.training.settings import TokenizerRun
+from flexvar.training.start import _same_classes, batches_of
 from flexvar.training.stream import PICTURES_A_SHARD, Stream
 from training_runs import newest_state, reports, tokenizer_config, transformer_config
 
@@ -120,6 +121,16 @@ def test_a_stream_without_pictures_ends_with_a_word(tmp_path: Path) -> None:
         stream = iter(Stream(TarShards(str(tmp_path)), 0, 1, [(8, 8)]))
         with warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match="none of the shards holds a picture"):
             next(stream)
+
+
+def test_no_more_readers_than_shards(shards: Path) -> None:
+    source, config = TarShards(str(shards)), TokenizerRun(batch=4, sizes=[[16, 16]])
+    assert batches_of(source, config, 5, 0, 1)(0, 1, 0).num_workers == 5
+    with pytest.warns(UserWarning, match="5 shards for 2 x 4 readers, of which each needs its own: now there are 2 x 2"):
+        assert batches_of(source, config, 4, 0, 2)(0, 1, 0).num_workers == 2
+    with pytest.warns(UserWarning, match="now there are 1 x 5"):
+        assert batches_of(source, config, 8, 0, 1)(0, 1, 0).num_workers == 5
+    assert batches_of(Shapes(views=1), config, 8, 0, 1)(0, 1, 0).num_workers == 8
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -19,7 +19,9 @@ from flexvar.checkpoint import load
 from flexvar.cli import main
 from flexvar.training.loop import _fetched, _Run
 from flexvar.training.meter import Meter, matrix_rate, nested
-from training_runs import assert_same_end, lines, measurements, newest_state, reports, tokenizer_config, transformer_config
+from flexvar.training.run_folder import RunFolder
+from flexvar.training.start import spare_cores
+from training_runs import assert_equal, assert_same_end, lines, measurements, newest_state, reports, tokenizer_config, transformer_config
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,8 @@ def test_a_step_looks_at_its_device_once(tmp_path: Path, monkeypatch, capsys) ->
 
 def test_what_a_run_cannot_do_is_said_in_one_line(tokenizer: Path, tmp_path: Path, capsys) -> None:
     for words, complaint in (
-        (["sizes=[[4,4]]"], "sizes holds [4, 4], a single code"),
+        (["sizes=[[4,4]]"], "sizes holds [4, 4], 1x1 codes, of which a step may have a single scale; take larger pictures, of 2 codes"),
+        (["sizes=[[16,16],[8,8]]", "schedules=released"], "sizes holds [8, 8], 2x2 codes, of which a step may have a single scale"),
         (["data={kind: folder, path: nowhere}"], "there is no folder nowhere"),
         (["data={kind: shards, path: nowhere}"], "there is no shard nowhere"),
         (["compile=inducter"], "compile is 'inducter'; it must be one of cudagraphs, inductor"),
@@ -181,8 +184,26 @@ def test_a_worker_that_was_killed_is_told_in_one_line() -> None:
 
     with pytest.raises(OSError, match=r"most likely for want of memory; set fewer workers="):
         list(_fetched(batches("DataLoader worker (pid 7) is killed by signal: Killed.")))
-    with pytest.raises(RuntimeError, match="something else"):
-        list(_fetched(batches("something else")))
+    for message in ("something else", "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: stack expects equal sizes"):
+        with pytest.raises(RuntimeError, match=message):
+            list(_fetched(batches(message)))
+
+
+def test_a_checkpoint_is_read_the_same_where_it_is_mapped(tokenizer: Path, tmp_path: Path) -> None:
+    assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer))]) == 0
+    folder = RunFolder(tmp_path / "transformer", 2)
+    newest = folder.newest()
+    assert_equal(folder.read(newest, mapped=True), folder.read(newest), "checkpoint")
+
+
+def test_workers_fit_the_cores_that_a_process_may_use(monkeypatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    assert spare_cores() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert spare_cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert spare_cores() == 8
 
 
 def test_sheets_of_classes_that_are_not_there_and_a_finest_grid(tokenizer: Path, tmp_path: Path, capsys) -> None:

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -74,10 +74,11 @@ class ImageFolder:
         classes = _classes_in(self.root)
         names = dict(imagenet_classes())
         self.class_names: tuple[str, ...] = tuple(names.get(name, name) for name in classes)
-        self.pictures: list[tuple[Path, int]] = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
+        self._names = _Names(str(path.relative_to(self.root)) for paths in classes.values() for path in paths)
+        self._labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in classes.values()])
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self._labels)
 
     def draw(self, index: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """Picture `index` at `size` = (height, width): uint8 (height, width, 3) RGB, and its label. See PictureSource.
@@ -87,11 +88,23 @@ class ImageFolder:
         """
         check_request(index, len(self), size)
         for step in range(len(self)):
-            path, label = self.pictures[(index + step) % len(self)]
+            place = (index + step) % len(self)
+            path = self.root / self._names[place]
             picture = readable(path, partial(open_picture, path), self.unreadable)
             if picture is not None:
-                return self.augmentation.apply(picture, size, rng), label
+                return self.augmentation.apply(picture, size, rng), int(self._labels[place])
         raise ValueError(f"none of the {len(self)} pictures in {self.root} can be read: check the files")
+
+
+class _Names:
+    """Names of files, end to end: as a list, those of millions of pictures take gigabytes in each of the processes that prepare them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self.text, self.ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]])
 
 
 def fitted(picture: Image.Image, size: tuple[int, int], factor: float = 1.0, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:

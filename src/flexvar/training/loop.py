@@ -60,8 +60,8 @@ def _fetched(batches: DataLoader[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
+        if not any(how in str(error) for how in ("is killed by signal", "exited unexpectedly")):
+            raise  # what went wrong within a process is told as it is
         raise OSError(
             "a process that prepares pictures was killed, most likely for want of memory; "
             "set fewer workers=, or give the container more shared memory, and the same command goes on"
@@ -102,7 +102,11 @@ class _Run:
         workshop.speed_up()
         self.wrapped: nn.Module = self.workshop
         if world > 1:  # an adversary learns nothing until its first step
-            self.wrapped = DistributedDataParallel(self.workshop, find_unused_parameters=workshop.adversary is not None)
+            self.wrapped = DistributedDataParallel(
+                self.workshop,
+                find_unused_parameters=workshop.adversary is not None,
+                gradient_as_bucket_view=True,  # no second copy of all gradients
+            )
 
     def train(self) -> Path:
         if self.step >= self.config.steps:
@@ -118,8 +122,10 @@ class _Run:
             self.wrapped = self.workshop  # with nothing that holds the group of processes, even where an error holds this run
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if unreadable := self._anywhere(self.unreadable):  # waits for the first process, which is still saving, whatever comes next
-            self._say(count_of_unreadable(unreadable))
+        if dist.is_initialized():
+            dist.barrier()  # with the first process, which is still saving, whatever comes next
+        if self.unreadable:
+            self._say(count_of_unreadable(self.unreadable))
         if self.skipped_in_a_row >= self.config.bad_steps:
             raise FloatingPointError(
                 f"{self.skipped_in_a_row} steps in a row had no finite gradient; step {self.step} is saved as it was before them: "
@@ -145,6 +151,7 @@ class _Run:
                 averages = self.meter.averages() if reporting else {}  # waits for the device
                 passed, began = time.perf_counter() - began, time.perf_counter()
                 self.seconds, seconds = self.seconds + passed, seconds + passed
+                self.unreadable = self._anywhere(self.unreadable)
             if reporting:
                 figures: dict[str, Any] = {"loss": averages.pop("loss", None), "gradient_norm": norm, "learning_rate": rate}
                 self._report(figures | nested(averages) | self._speed(self.step - reported_at, seconds))
@@ -221,7 +228,7 @@ class _Run:
         self.work = Work()
         if self.device.type == "cuda":
             speed["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return speed | {"skipped_steps": self.skipped, "seconds": self.seconds}
+        return speed | {"skipped_steps": self.skipped, "unreadable_pictures": len(self.unreadable), "seconds": self.seconds}
 
     def _report(self, figures: dict[str, Any]) -> None:
         if self.rank != 0:
@@ -244,6 +251,7 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "skipped": self.skipped,
+            "unreadable": sorted(self.unreadable),
             "first_shard": first_shard,
             "best": self.best,
             "pictures": self.data.pictures,
@@ -302,7 +310,7 @@ class _Run:
                 self._say(f"{self.folder.path} goes on at step {self.step} with other settings than before: {', '.join(changed)}")
 
     def _load(self, path: Path) -> None:
-        state = self.folder.read(path)
+        state = self.folder.read(path, mapped=self.device.type != "cpu")
         for label, (then, now) in enumerate(zip_longest(state["class_names"], self.data.class_names, fillvalue="no class")):
             if then != now:
                 what = f"class {label} of {self.folder.path} was {then!r}, and is {now!r} in the data"
@@ -323,7 +331,7 @@ class _Run:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
-        self.best, self.first_shard = state["best"], state["first_shard"]
+        self.best, self.first_shard, self.unreadable = state["best"], state["first_shard"], set(state["unreadable"])
 
     def _say(self, text: str) -> None:
         if self.rank == 0:

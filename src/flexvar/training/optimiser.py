@@ -40,6 +40,9 @@ def parameter_groups(workshop: Workshop, weight_decay: float) -> list[dict[str, 
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of products and convolutions in training."""
+    """The dtype of products and convolutions in training; "auto" takes bf16 on GPUs that have it, and do not only imitate it."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return names["bf16" if device.type == "cuda" else "fp32"] if name == "auto" else names[name]
+    if name != "auto":
+        return names[name]
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return names["bf16" if has_bf16 else "fp32"]

@@ -49,10 +49,13 @@ class RunFolder:
         found = self._found()
         return found[-1] if found else None
 
-    def read(self, path: Path) -> dict[str, Any]:
-        """A checkpoint's state. ValueError when the file is damaged."""
+    def read(self, path: Path, mapped: bool = False) -> dict[str, Any]:
+        """A checkpoint's state. ValueError when the file is damaged.
+
+        mapped: all processes of a machine share what they read, and none of it may be kept, since the file will be removed.
+        """
         try:
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
         except Exception as error:  # torch raises anything on damaged files
             if is_out_of_memory(error):
                 raise

@@ -128,7 +128,7 @@ class RunConfig:
     accumulate: int = 1  # parts in which a process works off its share of a step: less memory, the same step
     sizes: list[list[int]] = field(default_factory=lambda: [[256, 256]])  # (height, width) in pixels; one is drawn each step
     workers: int = -1  # processes that prepare pictures, beside each training process; -1 means as many as there are spare cores, at most 8
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products and convolutions; auto: bf16 on CUDA, fp32 elsewhere
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products and convolutions; auto: bf16 on GPUs that have it, else fp32
     bad_steps: int = 20  # steps in a row without a finite gradient after which the run is saved and stopped; each of them is skipped
     report_every: int = 100
     save_every: int = 500
@@ -210,8 +210,8 @@ class TokenizerRun(RunConfig):
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     smallest: int = 32  # px: the shorter side from which perceptual and adversarial terms see a scale's picture
     small: Literal["mask", "enlarge"] = "enlarge"  # what they do below it: leave the scale out, or see its picture enlarged to `smallest`
-    codebook: float = 1.0  # codes towards features
-    commitment: float = 0.25  # features towards codes
+    codebook: float = 1.0  # codes towards features; summed over the code's width, of which LlamaGen takes the mean
+    commitment: float = 0.25  # features towards codes, likewise
     entropy: float = 0.0  # each feature sure of its code, all codes used alike
     gradient: Literal["straight-through", "rotation"] = "straight-through"  # how it passes the codes
     continuous: float = 0.0  # share of the steps at the start in which features are rebuilt as they are, before codes take their place

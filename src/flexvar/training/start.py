@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from flexvar.checkpoint import TOKENIZER, load
+from flexvar.checks import warn
 from flexvar.data import Augmentation, EmojiScenes, FeatureCache, FixedViews, HubPictures, HubStream, ImageFolder, PictureSource, Shapes
 from flexvar.data.features import SETTINGS
 from flexvar.data.shards import ShardSource, TarShards
@@ -124,7 +125,11 @@ def open_source(config: DataConfig, seed: int, held_out: bool = False) -> Pictur
 
 
 def batches_of(source: PictureSource | ShardSource, config: RunConfig, workers: int, rank: int, world: int) -> Batches:
-    """What the loop asks for its batches, which so many processes prepare."""
+    """What the loop asks for its batches, which so many processes prepare; of a stream only as many as there are shards for."""
+    if not isinstance(source, PictureSource) and source.shards < world * workers:
+        few, workers = f"{source.shards} shards for {world} x {workers} readers", max(1, source.shards // world)
+        if rank == 0:
+            warn(f"{few}, of which each needs its own: now there are {world} x {workers}; more and smaller shards are read faster")
 
     def batches(step: int, last: int, first_shard: int) -> DataLoader[Batch]:
         share = (config.seed, config.batch, config.sizes, rank, world)
@@ -152,7 +157,8 @@ def _workers(config: RunConfig, device: torch.device) -> int:
 
 def spare_cores() -> int:
     """Processes for preparing pictures, beside each training process of this machine: 1 to 8."""
-    return max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # of a share of a machine
+    return max(1, min(MOST_WORKERS, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def _leave_signals_to_the_loop(_: int) -> None:

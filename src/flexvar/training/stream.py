@@ -2,8 +2,16 @@
 
 The shards form one endless sequence, the permutations of epochs 0, 1, 2, ... laid end to end. Every process has one reader a worker: a
 lane. Lane l of n takes the shards at places l, l + n, l + 2n, ... from the first to the last picture, so each shard is read once an epoch
-at any number of processes. Within a shard the next picture is chosen among a buffer of them. A run goes on at a shard: the earliest one
-that some lane had not finished is the first to be read again, so a few of its pictures are seen twice, and none is left out.
+at any number of processes. With two processes of two workers and five shards, the places 0 to 4 are the first epoch in its order, and
+
+    lane 0 (process 0, worker 0) reads the places 0, 4, 8, ...
+    lane 1 (process 0, worker 1)              1, 5, 9, ...
+    lane 2 (process 1, worker 0)              2, 6, 10, ...
+    lane 3 (process 1, worker 1)              3, 7, 11, ...
+
+Within a shard the next picture is chosen among a buffer of them. A run goes on at a shard: the earliest one that some lane had not finished
+is the first to be read again. So none is left out, and what a lane had read of its own shard is seen twice: at the most a shard a lane, or
+some more where lanes are not equally fast.
 """
 
 from __future__ import annotations

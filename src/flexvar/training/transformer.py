@@ -33,9 +33,11 @@ class TransformerWorkshop(Workshop):
         shape, painted = vars(config.model).copy(), tokenizer.tokenizer.config
         demand_grids(config.sizes, painted.downsample)
         grids = [self._drawn((height, width)) for height, width in config.sizes]
-        if (1, 1) in grids:
-            height, width = config.sizes[grids.index((1, 1))]
-            raise ValueError(f"sizes holds [{height}, {width}], a single code; take larger pictures, that have more than one scale")
+        least = 3 if config.schedules == "released" else 2  # that rule leaves out the finest scale now and then
+        for (height, width), grid in zip(config.sizes, grids, strict=True):
+            if max(grid) < least:
+                what = f"sizes holds [{height}, {width}], {grid[0]}x{grid[1]} codes"
+                raise ValueError(f"{what}, of which a step may have a single scale; take larger pictures, of {least} codes on a side")
         shape["trained_grid"] = shape["trained_grid"] or max(math.isqrt(h * w) for h, w in grids)
         self.transformer = Transformer(
             TransformerConfig(**shape, classes=len(class_names), codebook_size=painted.codebook_size, code_width=painted.code_width)
@@ -62,6 +64,8 @@ class TransformerWorkshop(Workshop):
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
         assert isinstance(network, Transformer)
         config, tokenizer = self.config, self.frozen[0].tokenizer.to(batch.pictures.device)
+        # First, as these copies to a GPU wait for all that it was told before.
+        labels, paths = (self._labels(batch), self._paths(batch)) if network.training else (batch.labels, None)
         with torch.no_grad(), torch.autocast(batch.pictures.device.type, enabled=False):
             features = batch.pictures if batch.cached else tokenizer.features(batch.pictures / 127.5 - 1)  # (B, C, h, w)
             features = features.half().float()  # as a cache keeps them, so that training from one is the same
@@ -69,7 +73,6 @@ class TransformerWorkshop(Workshop):
             codes = tokenizer.codes(features, schedule)
             inputs = tokenizer.inputs(codes, schedule)  # (B, L - first, C)
         targets = torch.cat([scale.flatten(1) for scale in codes], 1)  # (B, L)
-        labels, paths = (self._labels(batch), self._paths(batch)) if network.training else (batch.labels, None)
         recompute = config.recompute and network.training
         logits = network(labels, inputs, schedule, paths=paths, attention=config.attention, recompute=recompute)  # (B, L, V)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)  # (B, L)
