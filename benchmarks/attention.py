@@ -20,6 +20,7 @@ import torch
 
 from flexvar import Schedule, Transformer, TransformerConfig
 from flexvar.attention import AttentionName, attention_named
+from flexvar.rates import device_name, wait_for
 
 NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 Run = Callable[[AttentionName], None]
@@ -104,19 +105,6 @@ def blocks(transformer: Transformer, batch: int, schedule: Schedule, dtype: torc
         logits.sum().backward()
 
     return run
-
-
-def wait_for(device: torch.device) -> None:
-    """Returns when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def device_name(device: torch.device) -> str:
-    """The name that a report says."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.speed import disturbed
 from flexvar import FlexVARPipeline
 from flexvar.evaluation import DrawnPictures, Features
 from flexvar.evaluation.extraction import extract_beside
@@ -39,6 +38,7 @@ from flexvar.evaluation.metrics import (
     moments,
     precision_recall,
 )
+from flexvar.rates import disturbed
 from flexvar.training.meter import matrix_rate
 
 SAMPLES, REFERENCE, DIMENSIONS, SPATIAL, CLASSES = 50_000, 10_000, 2048, 2023, 1008

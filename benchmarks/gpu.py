@@ -3,10 +3,12 @@
 `python -m benchmarks.gpu [--item all --device cuda --depths 16,24 --batches 1,8,64,128 --size 256 --steps 10 --repeats 5 --out FILE.md]`
 
 Items: `correct` (codes of bfloat16, of the faster way and of 8-bit weights against the plain way in float32), `generation` (labels to
-pictures: speed, memory, dearest kernels), `training` (steps of the transformer in every way to attend, and of the tokenizer), `ceilings`
-(a large product of random matrices, a large copy; taken first and last with every item). bfloat16 on CUDA, float32 elsewhere; weights are
-random, except for the bundled model's codes. A floor is FLOPs over the measured rate of products, decoder included; 8-bit weights are held
-against the floor and the memory of the others. A row is printed as soon as it is known; one that fails says so, and the rest goes on.
+pictures: speed, memory, parts, dearest kernels), `training` (steps of the transformer in every way to attend, and of the tokenizer),
+`ceilings` (rates of products, convolutions and memory; taken first and last with every item). bfloat16 on CUDA, float32 elsewhere; weights
+are random, except for the bundled model's codes. The floor is that of `flexvar plan --measure`: of each part, at each scale, FLOPs or bytes
+over the first ceilings; the last tables repeat the shares with the better of both. 8-bit weights move fewer bytes, and are held against the
+rate of the others' products. The parts of a recorded drawing cannot be timed within it: sampling and decoding are recorded on their own,
+and the transformer is the rest. A row is printed as soon as it is known; one that fails says so, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -27,28 +29,43 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.attention import NAMES, device_name
+from benchmarks.attention import NAMES
 from benchmarks.rows import Bench, Rows, Table, figure, speed
 from benchmarks.training import Training, measure
 from flexvar import Keep, Schedule, Step, Tokenizer, TokenizerConfig, Transformer, TransformerConfig, generate
-from flexvar.accounting import plan
+from flexvar.accounting import Part, Plan, floor, plan
 from flexvar.attention import AttentionName
 from flexvar.compiled import Recorded, compiled
 from flexvar.generation import Draw, draw_scales
 from flexvar.linear import to_int8
+from flexvar.measuring import medians, time_drawing
+from flexvar.rates import device_name
 from flexvar.sampling import Sampling, choose
 
 TOKENIZER = TokenizerConfig()
 COMPARED = 8  # pictures whose codes are compared
+
+TARGETS = {16: (450, 12), 24: (180, 25)}
+"""Of an H200-class GPU by depth, at 256 px in 10 steps: pictures/s at a batch of LARGE or more, and ms at one of 1."""
+
+TRAINING_TARGETS = {16: 0.45}
+"""By depth: the share of the rate of products, at a batch of LARGE or more."""
+
+LARGE = 64
 
 Way: TypeAlias = Literal["plain", "fast", "int8"]  # int8: 8-bit weights, drawn in the faster way
 Networks: TypeAlias = tuple[Tokenizer, Transformer]
 
 SECONDS = ("ms", "spread", "first s")
 CODES: Table = ("Codes chosen after the same earlier codes", "way", "equal", "worst scale", "pictures off by", "recording as loop, off by")
-DRAWING: Table = ("Drawing", "way", "batch", "pictures/s", *SECONDS, "peak GiB", "planned GiB", "share of the floor", "with weights read")
+SHARE = ("share of the floor", "by FLOP alone")
+DRAWING: Table = ("Drawing", "way", "batch", "pictures/s", *SECONDS, "target", "peak GiB", "planned GiB", *SHARE)
+SHARES: Table = ("Drawing, by the better ceilings", "way", "batch", "ms", "floor ms", "floor ms by FLOP alone", *SHARE)
+PARTS: Table = ("Parts of a drawing", "way", "batch", "part", "TFLOP", "GB", "floor ms", "ms", "share of the floor")
 KERNELS: Table = ("Where the time goes", "way", "kernel", "calls", "ms", "share")
-TRANSFORMER: Table = ("A step of the transformer, random schedules", "way", "batch", "tokens/s", *SECONDS, "peak GiB", "share of the rate")
+STEP = "A step of the transformer"
+TRANSFORMER: Table = (f"{STEP}, random schedules", "way", "batch", "tokens/s", *SECONDS, "peak GiB", "share of the rate", "target")
+STEP_SHARES: Table = (f"{STEP}, by the better ceilings", "way", "share of the rate", "target")
 TOKENIZER_STEP: Table = ("A step of the tokenizer", "losses", "batch", "pictures/s", *SECONDS, "peak GiB")
 
 
@@ -99,21 +116,80 @@ class Drawing:
         """So many pictures, drawn and decoded: (B, 3, H, W)."""
         return self.steps(schedule, range(pictures))[-1].images
 
+    def cost(self, schedule: Schedule, pictures: int) -> Plan:
+        """The account of that batch."""
+        shape = self.ready[1].config
+        return plan(shape, TOKENIZER, schedule, batch=pictures, dtype=self.dtype, int8=self.way == "int8")
 
-def drawing_rows(bench: Bench, drawing: Drawing, schedule: Schedule, batch: int, repeats: int) -> Rows:
+
+def drawing_rows(bench: Bench, name: str, drawing: Drawing, schedule: Schedule, batch: int, repeats: int) -> Rows:
     """Time and memory of a batch from labels to pictures."""
-    _, transformer, draw = drawing.ready
+    _, _, draw = drawing.ready
     if isinstance(draw, Recorded):
         draw.recordings.clear()  # they hold the memory of earlier batches
     bench.tidy()
     seconds = bench.timed(partial(drawing.batch, schedule, batch), 1 + repeats)
-    peak, median, config = bench.gibibytes(), statistics.median(seconds[1:]), transformer.config
-    cost = plan(config, TOKENIZER, schedule, batch=batch, dtype=bench.dtype)
-    read = 12 * config.depth * config.width**2 * bench.dtype.itemsize / bench.bandwidth  # seconds for the blocks' weights, at every scale
-    floor = cost.flops.total / bench.products
-    reading = sum(max(scale.total / bench.products, read) for scale in cost.flops.scales) + cost.flops.decoder / bench.products
-    shares = (figure(floor / median), figure(reading / median))
-    return [(*speed(batch, batch, seconds), peak, bench.gibibytes(cost.memory.peak), *shares)]
+    peak, median, cost = bench.gibibytes(), statistics.median(seconds[1:]), drawing.cost(schedule, batch)
+    bench.later(SHARES, name, partial(share_rows, bench, cost, median))
+    ((*_, share, bare),) = share_rows(bench, cost, median)
+    return [(*speed(batch, batch, seconds), target_of(cost), peak, bench.gibibytes(cost.memory.peak), share, bare)]
+
+
+def share_rows(bench: Bench, cost: Plan, median: float) -> Rows:
+    """The floor of a drawing by the ceilings known so far, and what share of its seconds it is; with bytes, and without them."""
+    floors = [floor(cost, rates).all for rates in (bench.rates, bench.rates.unhindered)]
+    milliseconds = [figure(1e3 * seconds) for seconds in (median, *floors)]
+    return [(str(cost.batch), *milliseconds, *(figure(seconds / median) for seconds in floors))]
+
+
+def target_of(cost: Plan) -> str:
+    """What is asked of a drawing, where anything is."""
+    if cost.transformer.depth not in TARGETS or cost.schedule != Schedule.named("10") or 1 < cost.batch < LARGE:
+        return "-"
+    pictures, milliseconds = TARGETS[cost.transformer.depth]
+    return f"{milliseconds} ms" if cost.batch == 1 else f"{pictures} pictures/s"
+
+
+@torch.no_grad()
+def part_rows(bench: Bench, drawing: Drawing, schedule: Schedule, batch: int, repeats: int) -> Rows:
+    """FLOPs, bytes and floor of each part of a batch, beside its time."""
+    tokenizer, transformer, draw = drawing.ready
+    cost = drawing.cost(schedule, batch)
+    parts, floors = list(cost.parts()), list(floor(cost, bench.rates).parts)
+    if isinstance(draw, Recorded):
+        seconds = recorded_parts(bench, drawing, draw, schedule, batch, repeats)
+        *blocks, sampling, decoder = parts
+        whole = Part("transformer with its head", sum(part.flops for part in blocks), sum(part.bytes for part in blocks))
+        parts, floors = [whole, sampling, decoder], [sum(floors[:-2]), *floors[-2:]]
+    else:
+        seconds = medians([time_drawing(tokenizer, transformer, schedule, batch) for _ in range(1 + repeats)][1:]).parts
+    parts.append(Part("all", cost.flops.total, cost.bytes.total))
+    rows = []
+    for part, least, took in zip(parts, [*floors, sum(floors)], [*seconds, sum(seconds)], strict=True):
+        figures = part.flops / 1e12, part.bytes / 1e9, 1e3 * least, 1e3 * took, least / took
+        rows.append((str(batch), part.name, *map(figure, figures)))
+    return rows
+
+
+def recorded_parts(bench: Bench, drawing: Drawing, draw: Recorded, schedule: Schedule, batch: int, repeats: int) -> tuple[float, ...]:
+    """Seconds of the transformer with its head, of sampling and of the decoder."""
+    config, device = drawing.ready[1].config, bench.device
+    greedy = Sampling().greedy_scales(schedule, config.trained_grid)
+    logits = [torch.randn(batch, count, config.codebook_size, device=device) for count in schedule.counts]  # (B, n, V) each
+    numbers = [torch.rand(batch, count, device=device) for count in schedule.counts]  # (B, n) each
+    codes = torch.randint(config.codebook_size, (batch, *schedule[-1]), device=device)  # (B, h, w)
+    scales = list(zip(logits, numbers, greedy, strict=True))
+
+    def sampling() -> list[Tensor]:
+        return [draw.choose(scores, drawn, Sampling(), likeliest) for scores, drawn, likeliest in scales]
+
+    def median(work: Callable[[], object]) -> float:
+        return statistics.median(bench.timed(work, 1 + repeats)[1:])
+
+    whole = median(partial(drawing.batch, schedule, batch))
+    kept = [draw.making_room(partial(draw.record, work)) for work in (sampling, lambda: [draw.decode(codes)])]  # with what they fill
+    sampled, decoded = (median(replay) for _, replay in kept)
+    return whole - sampled - decoded, sampled, decoded
 
 
 def kernel_rows(bench: Bench, drawing: Drawing, schedule: Schedule, batch: int) -> Rows:
@@ -137,12 +213,15 @@ def generation(bench: Bench, words: Namespace) -> None:
     ways: tuple[Way, ...] = ("plain", "fast", "int8")
     for depth, way in product(words.depths, ways):
         drawing = Drawing(partial(random_networks, depth, bench.device), way, bench.dtype)
+        name = f"d{depth}, {words.size} px, {way}"
         for batch in words.batches:
-            bench.rows(DRAWING, f"d{depth}, {words.size} px, {way}", partial(drawing_rows, bench, drawing, schedule, batch, words.repeats))
+            bench.rows(DRAWING, name, partial(drawing_rows, bench, name, drawing, schedule, batch, words.repeats))
+        for batch in sorted({min(words.batches), most}):
+            bench.rows(PARTS, name, partial(part_rows, bench, drawing, schedule, batch, words.repeats))
         bench.rows(KERNELS, f"d{depth}, {most} x {words.size} px, {way}", partial(kernel_rows, bench, drawing, schedule, most))
         for batch in (16, 64) if depth == 24 else ():
-            large = Schedule.of("512-15")
-            bench.rows(DRAWING, f"d{depth}, 512 px, {way}", partial(drawing_rows, bench, drawing, large, batch, words.repeats))
+            large, name = Schedule.of("512-15"), f"d{depth}, 512 px, {way}"
+            bench.rows(DRAWING, name, partial(drawing_rows, bench, name, drawing, large, batch, words.repeats))
 
 
 # -- correct --
@@ -213,13 +292,21 @@ def correct(bench: Bench, words: Namespace) -> None:
 # -- training --
 
 
-def transformer_rows(bench: Bench, depth: int, batch: int, schedules: list[Schedule], way: AttentionName, recompute: bool) -> Rows:
+def transformer_rows(
+    bench: Bench, name: str, depth: int, batch: int, schedules: list[Schedule], way: AttentionName, recompute: bool
+) -> Rows:
     """The trainer's step on cached features, once on each schedule, after a pass over them that compiles."""
     torch.compiler.reset()
     steps = Training(depth, batch, bench.device, bench.dtype, way, recompute)
     first, then = measure(steps, schedules), measure(steps, schedules)
-    share = then.flops / sum(then.seconds) / bench.products
-    return [(*speed(batch, then.tokens / len(schedules), [sum(first.seconds), *then.seconds]), bench.gibibytes(), figure(share))]
+
+    def share() -> Rows:
+        target = str(TRAINING_TARGETS[depth]) if depth in TRAINING_TARGETS and batch >= LARGE else "-"
+        return [(figure(then.flops / sum(then.seconds) / bench.rates.products), target)]
+
+    bench.later(STEP_SHARES, name, share)
+    seconds = [sum(first.seconds), *then.seconds]
+    return [(*speed(batch, then.tokens / len(schedules), seconds), bench.gibibytes(), *share()[0])]
 
 
 def tokenizer_rows(bench: Bench, batch: int, size: int, repeats: int, opposed: bool) -> Rows:
@@ -256,7 +343,7 @@ def training(bench: Bench, words: Namespace) -> None:
     ways: list[tuple[AttentionName, bool]] = [("by-scale", True), *((name, False) for name in names)]
     for (way, recompute), depth in product(ways, words.depths):
         name = f"d{depth}, {way}{', recompute' if recompute else ''}"
-        bench.rows(TRANSFORMER, name, partial(transformer_rows, bench, depth, batch, schedules, way, recompute))
+        bench.rows(TRANSFORMER, name, partial(transformer_rows, bench, name, depth, batch, schedules, way, recompute))
 
 
 ITEMS: dict[str, Callable[[Bench, Namespace], None]] = {"correct": correct, "generation": generation, "training": training}
@@ -274,7 +361,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--depths", type=counts, default="16,24")
     parser.add_argument("--batches", type=counts, default="1,8,64,128", help="pictures drawn at the same time")
-    parser.add_argument("--training-batch", type=int, default=16)
+    parser.add_argument(
+        "--training-batch", type=int, default=LARGE, help="steps that it does not fit are rows that say so (default: %(default)s)"
+    )
     parser.add_argument("--size", type=int, default=256, help="px")
     parser.add_argument("--steps", type=int, default=10, help="scales of a drawing")
     parser.add_argument("--repeats", type=int, default=5, help="behind one that warms up")
@@ -284,13 +373,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words.device.type == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu: there is no CUDA here; run it on a machine with a GPU, or with --device cpu", file=sys.stderr)
         return 2
-    bench = Bench(words.device, words.out, words.limit)
+    bench = Bench(words.device, words.out, words.limit, words.size)
     bench.say(f"\n{time.strftime('%Y-%m-%d %H:%M')}, {device_name(words.device)}, torch {torch.__version__}, {bench.dtype}: {words.item}")
     bench.ceilings("before")
     for name, item in ITEMS.items():
         if words.item in (name, "all"):
             item(bench, words)
-    bench.ceilings("after")
+    bench.finish()
     return 0
 
 

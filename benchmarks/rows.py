@@ -7,31 +7,31 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from traceback import clear_frames
 from typing import TypeAlias
 
 import torch
 
-from benchmarks.attention import wait_for
 from flexvar.memory import is_out_of_memory
-from flexvar.training.meter import matrix_rate
+from flexvar.rates import Rates, measure_rates, wait_for
 
 Rows: TypeAlias = list[tuple[str, ...]]
 Table: TypeAlias = tuple[str, ...]
 """Title and columns; the first column names the measurement."""
 
-CEILINGS: Table = ("Ceilings", "when", "TFLOP/s of products", "TB/s of copying, read and written")
+CEILINGS: Table = ("Ceilings", "when", "TFLOP/s of products", "TFLOP/s of 3x3 convolutions", "TB/s of memory")
 
 
 class Bench:
     """A device, what it can do at most, and the report of what was measured on it."""
 
-    def __init__(self, device: torch.device, out: Path | None, limit: float) -> None:
-        self.device, self.on_gpu, self.out = device, device.type == "cuda", out
+    def __init__(self, device: torch.device, out: Path | None, limit: float, side: int) -> None:
+        """limit: seconds after which no measurement begins. side: of the pictures in px, in whose size a CPU's ceilings are taken."""
+        self.device, self.on_gpu, self.out, self.side = device, device.type == "cuda", out, side
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        self.products = self.bandwidth = math.nan  # FLOP/s, bytes/s
+        self.rates = Rates(math.nan, math.nan, math.nan)
+        self.waiting: list[tuple[Table, str, Callable[[], Rows]]] = []
         self.end = time.perf_counter() + limit
         self.table: Table = ()
 
@@ -51,6 +51,17 @@ class Bench:
         for row in [("not begun, the time was up",)] if time.perf_counter() > self.end else self._attempted(work):
             cells = [name, *row, *["-"] * (len(columns) - 1 - len(row))]
             self.say(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+
+    def later(self, table: Table, name: str, work: Callable[[], Rows]) -> None:
+        """What `finish` is to say when the last ceilings are known."""
+        self.waiting.append((table, name, work))
+
+    def finish(self) -> None:
+        """Takes the ceilings once more, and says what waited for them, whatever time it is."""
+        self.ceilings("after")
+        self.end = math.inf
+        for row in self.waiting:
+            self.rows(*row)
 
     def _attempted(self, work: Callable[[], Rows]) -> Rows:
         self.tidy()
@@ -84,14 +95,13 @@ class Bench:
         return seconds
 
     def ceilings(self, when: str) -> None:
-        """Takes the rates of large products and of large copies, the best of five."""
+        """Takes the rates of the device; of those taken so far, the better ones are kept."""
         self.rows(CEILINGS, when, self._ceilings)
 
     def _ceilings(self) -> Rows:
-        self.products = matrix_rate(self.device, self.dtype)
-        source = torch.randn(2**30 if self.on_gpu else 2**24, device=self.device)
-        self.bandwidth = 2 * source.nbytes / min(self.timed(partial(torch.empty_like(source).copy_, source), 6)[1:])
-        return [(figure(self.products / 1e12), figure(self.bandwidth / 1e12))]
+        rates = measure_rates(self.device, self.dtype, pictures=(1, self.side, self.side))
+        self.rates = rates if math.isnan(self.rates.products) else self.rates.better(rates)
+        return [tuple(figure(rate / 1e12) for rate in (rates.products, rates.convolutions, rates.memory))]
 
 
 def figure(value: float) -> str:

@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.attention import NAMES, device_name, wait_for
+from benchmarks.attention import NAMES
 from flexvar import Schedule, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
 from flexvar.accounting import training_flops
 from flexvar.attention import AttentionName
 from flexvar.processes import keep_memory
+from flexvar.rates import device_name, wait_for
 from flexvar.schedule import RandomPolicy
 from flexvar.training.meter import matrix_rate
 

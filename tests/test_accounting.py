@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flexvar.accounting import LiveBytes, Plan, plan, training_flops
+from flexvar.accounting import Plan, Seconds, floor, plan, training_flops
 from flexvar.attention import AttentionName
-from flexvar.generation import generate
-from flexvar.sampling import Guidance
-from flexvar.schedule import Schedule
+from flexvar.counting import LiveBytes
+from flexvar.generation import Keep, generate
+from flexvar.linear import to_int8
+from flexvar.rates import Rates
+from flexvar.sampling import Guidance, Sampling
+from flexvar.schedule import Schedule, ScheduleLike
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
 from flexvar.transformer import Transformer, TransformerConfig
 
@@ -28,8 +34,8 @@ PUBLISHED = {  # TFLOP a picture with guidance, d16, d20, d24, by arithmetic on 
 SCHEDULE = Schedule(((1, 1), (2, 3), (4, 5)))
 
 
-def released(depth: int, name: str, **settings: object) -> Plan:
-    return plan(TransformerConfig(depth=depth), TokenizerConfig(), Schedule.named(name), **settings)  # type: ignore[arg-type]
+def released(depth: int, schedule: ScheduleLike, **settings: object) -> Plan:
+    return plan(TransformerConfig(depth=depth), TokenizerConfig(), schedule, **settings)  # type: ignore[arg-type]
 
 
 def measured(tokenizer: Tokenizer, transformer: Transformer, batch: int, guided: bool) -> tuple[int, int]:
@@ -137,25 +143,98 @@ def test_memory_and_parameters_are_those_of_the_real_thing(small_tokenizer: Toke
     assert plan_.memory.peak == plan_.memory.weights + max(plan_.memory.cache + plan_.memory.drawing, plan_.memory.decoding)
 
 
-def test_drawing_stays_within_the_estimate(small_tokenizer: Tokenizer) -> None:
-    config = TransformerConfig(depth=1, width=64, heads=1, classes=2, codebook_size=48, code_width=8)
-    schedule = Schedule.square([1, 16])
-    memory = plan(config, small_tokenizer.config, schedule, batch=2).memory
-    with LiveBytes() as live:
-        *_, _last = generate(small_tokenizer, Transformer(config), [0, 1], schedule, seeds=[0, 1])
-    assert 0.8 * (memory.drawing + memory.cache) < live.most < 1.25 * (memory.drawing + memory.cache)
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_drawing_takes_what_was_planned(small_tokenizer: Tokenizer, depth: int, dtype: torch.dtype, int8: bool, guided: bool) -> None:
+    """Where the last scale's blocks take the most, and where its logits do."""
+    tokenizer, guidance = copy.deepcopy(small_tokenizer).to(dtype), Guidance("constant", 2.0 if guided else 1.0)
+    schedule, sampling = Schedule.square([1, 2, 4, 7, 9]), Sampling(greedy="none")
+    for codebook_size in (48, 2000):
+        config = TransformerConfig(depth=depth, width=64, heads=2, classes=2, codebook_size=codebook_size, code_width=8)
+        memory = plan(config, small_tokenizer.config, schedule, batch=2, guided=guided, dtype=dtype, int8=int8).memory
+        transformer = Transformer(config).to(dtype).requires_grad_(False)
+        if int8:
+            to_int8(transformer)
+        tensors = (*transformer.parameters(), *transformer.buffers())
+        assert memory.transformer_weights == sum(tensor.nbytes for tensor in tensors)
+        drawn = Keep([torch.zeros(1, *size, dtype=torch.int64) for size in schedule])  # so that the tokenizer has all codes
+        with LiveBytes() as live:
+            *_, _last = generate(tokenizer, transformer, [0, 1], schedule, guidance=guidance, sampling=sampling, seeds=[0, 1], keep=drawn)
+        assert memory.drawing + memory.cache == pytest.approx(live.most, rel=0.1)
 
 
-def test_bytes_are_followed() -> None:
-    with LiveBytes() as live:
-        kept = torch.zeros(100)  # 400 bytes
-        _view = kept[:50]
-        del kept
-        assert live.now == 400
-        del _view
-        assert live.now == 0
-        torch.ones(50)
-    assert (live.now, live.most) == (0, 400)
+# -- bytes, and the floor --
+
+
+def test_the_bytes_of_a_tiny_model_by_hand() -> None:
+    tokenizer = TokenizerConfig(channels=8, multipliers=(1, 2), blocks=1, z_channels=4, norm_groups=2, codebook_size=16, code_width=3)
+    config = TransformerConfig(depth=2, width=8, heads=2, mlp_ratio=2.0, codebook_size=16, code_width=3)
+    moved = plan(config, tokenizer, [(1, 1), (2, 2), (3, 5)], batch=3).bytes
+    projections = 3 * 8 * 8 + 2 * 8 + 2 + 8 * 8 + 8  # weights, two biases and a scale a head; the way out
+    mlp = 2 * 8 * 16 + 16 + 8
+    logits = [3 * n * 16 for n in (1, 4, 15)]
+    keys_and_values = 2 * 2 * 6 * 8  # of a token: in 2 blocks, of 6 rows
+    assert [scale.projections for scale in moved.scales] == [4 * 2 * projections] * 3
+    assert [scale.mlp for scale in moved.scales] == [4 * 2 * mlp] * 3
+    assert [scale.attention for scale in moved.scales] == [4 * keys_and_values * tokens for tokens in (1, 1 + 4, 1 + 4)]
+    assert [scale.embedding for scale in moved.scales] == [0, 4 * (3 * 8 + 8), 4 * (3 * 8 + 8)]
+    assert [scale.head for scale in moved.scales] == [4 * (8 * 16 + 16 + written) for written in logits]
+    assert [scale.sampling for scale in moved.scales] == [4 * read for read in logits]
+    assert moved.modulation == 4 * (2 * (8 * 48 + 48) + 8 * 16 + 16)
+
+    painter = Tokenizer(tokenizer)
+    weights = sum(p.numel() for part in (painter.decoder, painter.after_codes) for p in part.parameters())
+    coarse = 4 + 16 + 4 * 16 + 4 * 16 + 3 * 4 * 16  # channels that convolutions make at 3 x 5: two at the entry, blocks, attentions
+    fine = 16 + (8 + 8 + 8) + 2 * 8 + 3  # at 6 x 10: the one that enlarges, a block with its shortcut, another, the picture
+    assert moved.decoder == 4 * (weights + 2 * 3 * 15 * (coarse + 4 * fine))
+
+
+def test_bytes_grow_with_the_batch_and_shrink_with_the_weights() -> None:
+    one, many, half, eight = (
+        released(16, "10", **settings).bytes
+        for settings in ({}, {"batch": 8}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "int8": True})
+    )
+    for part in ("attention", "head", "sampling"):
+        assert one.of(part) < many.of(part)
+    for part in ("projections", "mlp"):
+        assert one.of(part) == many.of(part) == 2 * half.of(part)
+        assert 0.5 * half.of(part) < eight.of(part) < 0.51 * half.of(part)
+    assert (eight.modulation, eight.of("head"), eight.decoder) == (half.modulation, half.of("head"), half.decoder)
+    assert 8 * one.of("sampling") == many.of("sampling")
+    assert one.decoder < many.decoder < 8 * one.decoder
+    assert one.of("projections") + one.of("mlp") == pytest.approx(10 * 4 * 12 * 16 * 1024**2, rel=0.001)
+
+
+def test_without_guidance_there_are_fewer_keys_and_values() -> None:
+    assert 2 * released(16, "10", guided=False).bytes.of("attention") == released(16, "10").bytes.of("attention")
+
+
+@pytest.mark.parametrize("memory", [1e6, 1e9, 1e12, math.inf])
+def test_the_floor_of_a_part_is_the_longer_of_two(small_tokenizer: Tokenizer, small_transformer: Transformer, memory: float) -> None:
+    cost, rates = plan(small_transformer.config, small_tokenizer.config, SCHEDULE, batch=2), Rates(3e9, 2e9, memory)
+    least, flops, moved = floor(cost, rates), cost.flops, cost.bytes
+    assert least.modulation == max(flops.modulation / 3e9, moved.modulation / memory)
+    for found, work, traffic in zip(least.scales, flops.scales, moved.scales, strict=True):
+        assert found == max(work.blocks / 3e9, traffic.blocks / memory)
+    scales = list(zip(flops.scales, moved.scales, strict=True))
+    assert least.head == pytest.approx(sum(max(work.head / 3e9, traffic.head / memory) for work, traffic in scales))
+    assert least.sampling == pytest.approx(moved.of("sampling") / memory)
+    assert least.decoder == max(flops.decoder_attention / 3e9 + flops.decoder_convolutions / 2e9, moved.decoder / memory)
+    assert least.all == sum(least.parts)
+    if math.isinf(memory):
+        assert least.all == pytest.approx((flops.transformer + flops.decoder_attention) / 3e9 + flops.decoder_convolutions / 2e9)
+        assert least.all == floor(cost, Rates(3e9, 2e9, 1.0).unhindered).all
+
+
+def test_parts_are_all_there_is() -> None:
+    cost = released(16, [1, 2, 2, 3], batch=2)
+    parts = list(cost.parts())
+    assert sum(part.flops for part in parts) == cost.flops.total
+    assert sum(part.bytes for part in parts) == cost.bytes.total
+    assert [part.name for part in parts][1:4] == ["blocks at 1x1", "blocks at 2x2", "blocks at 2x2"]
+    assert len(parts) == len(Seconds(0, (0,) * 4, 0, 0, 0).parts)
 
 
 def test_half_precision_halves_the_memory_and_leaves_the_work() -> None:
@@ -169,8 +248,10 @@ def test_half_precision_halves_the_memory_and_leaves_the_work() -> None:
 def test_the_table_names_every_part_and_adds_up() -> None:
     text = str(released(16, "10", batch=8, dtype=torch.bfloat16))
     assert text.splitlines()[1] == "8 x 256 x 256 px, guided, bfloat16: 680 tokens in 10 scales"
-    for words in ("315.6 M parameters", "16x16      256      680", "decoder convolutions", "keys and values", "850.738 G a picture"):
+    for words in ("315.6 M parameters", "16x16      256      680", "decoder convolutions", "keys and values", "sampling   "):
         assert words in text
+    assert "a picture                     850.738 G" in text
+    assert "guided, bfloat16 with 8-bit weights: 680 tokens" in str(released(16, "10", dtype=torch.bfloat16, int8=True))
     assert all(line.isascii() and len(line) < 100 for line in text.splitlines())
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import errno
 import json
 import shutil
-from functools import reduce
+from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from torch import nn
 
 from flexvar import Guidance, Sampling, Tokenizer, Transformer, writing
 from flexvar.checkpoint import Defaults, Model, load, load_empty, save
+from flexvar.compiled import compiled
+from flexvar.linear import to_int8
 
 
 @pytest.fixture
@@ -148,6 +150,17 @@ def test_parts_that_do_not_belong_together_are_not_written(model: Model, tmp_pat
     assert not (tmp_path / "model").exists()
     save(dataclasses.replace(model, class_names=(), aliases={}), tmp_path / "model")
     assert load(tmp_path / "model").class_names == ()
+
+
+@pytest.mark.parametrize("make_faster", [to_int8, partial(compiled, None)])
+def test_a_model_made_faster_does_not_take_the_place_of_a_good_one(model: Model, tmp_path: Path, make_faster) -> None:
+    save(model, tmp_path)
+    faster = dataclasses.replace(model, transformer=copy.deepcopy(model.transformer))
+    make_faster(faster.transformer)
+    with pytest.raises(ValueError, match=r"made faster \(.*\) stays where it is and is not saved; load it again from its folder$"):
+        save(faster, tmp_path, overwrite=True)
+    assert load(tmp_path).transformer is not None
+    save(Model(faster.tokenizer), tmp_path / "tokenizer")  # which is as it was
 
 
 def damage_config(folder: Path) -> None:

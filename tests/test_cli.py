@@ -97,6 +97,8 @@ def test_mistakes_get_one_line_and_status_2(model: str, words: list[str], compla
         (["--schedule", "10", "--steps", "9"], "num_inference_steps is 9, but the schedule has 10"),
         (["--schedule", ""], "is not a schedule"),
         (["--model", "/nowhere"], "no model folder"),
+        (["--device", "abacus"], "'abacus' is no name of a device"),
+        (["--device", "abacus", "--measure"], "no device 'abacus'"),
     ],
 )
 def test_plans_that_cannot_be_made(words: list[str], complaint: str, capsys) -> None:
@@ -120,6 +122,49 @@ def test_a_plan_is_of_what_would_be_drawn(model: str, capsys) -> None:
     ):
         assert main(["plan", *words]) == 0
         assert capsys.readouterr().out.splitlines()[1].startswith(first)
+
+
+def test_a_plan_of_8_bit_weights_and_of_devices_that_are_not_here(capsys) -> None:
+    for words, precision in (
+        (["--dtype", "int8"], "float32 with 8-bit weights"),
+        (["--dtype", "int8", "--device", "cuda:1"], "bfloat16 with 8-bit weights"),
+        (["--device", "cuda"], "bfloat16"),
+        (["--device", "cuda", "--dtype", "float32"], "float32"),
+        (["--device", "cpu"], "float32"),
+    ):
+        assert main(["plan", *words]) == 0
+        assert capsys.readouterr().out.splitlines()[1] == f"1 x 256 x 256 px, guided, {precision}: 680 tokens in 10 scales"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexvar.rates.SECONDS_A_RATE", 0.0)
+    monkeypatch.setattr("flexvar.processes.keep_memory", lambda: None)  # for the whole process
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_plan_is_measured(model: str, dtype: str, capsys) -> None:
+    words = ["plan", "--model", model, "--schedule", "1,2,4", "--batch", "2", "--dtype", dtype]
+    assert main(words) == 0
+    planned = capsys.readouterr().out
+    assert main([*words, "--measure", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(planned + "\nrates of cpu, before: products ")
+    shares = [float(line.split()[-1]) for line in said[len(planned) :].splitlines() if line.startswith(("blocks", "decoder", "all  "))]
+    assert len(shares) == 3 + 2
+    assert all(0 <= share < 100 for share in shares)
+    assert said.splitlines()[-1].startswith("median of 3 with random weights, ")
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_does_not_fit_is_not_drawn_and_told_in_one_line(model: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("flexvar.memory.free_memory", lambda device: 2**29)
+    monkeypatch.setattr("flexvar.measuring.time_drawing", lambda *_, **__: pytest.fail("it was tried"))
+    assert main(["plan", "--model", model, "--measure", "--device", "cpu"]) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].startswith("all, by FLOP alone")
+    assert said.err == "flexvar: it was not drawn, which takes 1.0 GiB where 0.5 are free; take smaller pictures or a smaller batch\n"
 
 
 def test_no_plan_of_a_tokenizer_alone(small_tokenizer: Tokenizer, tmp_path: Path, capsys) -> None:

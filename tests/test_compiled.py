@@ -6,15 +6,17 @@ import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from flexvar import FlexVARPipeline, Guidance, Keep, Sampling, Schedule, Tokenizer, Transformer, generate
+from flexvar import FlexVARPipeline, Guidance, Keep, Sampling, Schedule, Tokenizer, Transformer, generate, generation, memory
 from flexvar.checkpoint import Defaults, Model
 from flexvar.compiled import MOST_RECORDINGS, Recorded, Recording, Work, compiled, cuda_graph, fuse
 from flexvar.generation import draw_scales
@@ -89,15 +91,25 @@ def test_the_pipeline_draws_the_same_pictures(pipe: FlexVARPipeline) -> None:
 def test_8_bits_and_compiled_go_together_in_this_order_only(pipe: FlexVARPipeline) -> None:
     before = pipe.to_int8()("a", seed=3, output_type="pt")
     assert torch.allclose(pipe.compile()("a", seed=3, output_type="pt").images, before.images, atol=1e-6)
-    with pytest.raises(ValueError, match=r"made faster \(of 8-bit weights and compiled\) stays where it is"):
+    with pytest.raises(ValueError, match=r"made faster \(compiled, of 8-bit weights\) stays where it is"):
         pipe.to_int8()
 
 
-def test_what_a_compiled_model_cannot_do_is_told(pipe: FlexVARPipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("another", [False, True])
+def test_what_a_compiled_model_cannot_do_is_told(pipe: FlexVARPipeline, tmp_path: Path, another: bool) -> None:
+    """Whether by the pipeline that compiled it or by another one of the same model."""
     pipe.compile()
+    pipe = FlexVARPipeline(pipe.model) if another else pipe
     for wrong in (lambda: pipe.to("cpu"), lambda: pipe.save_pretrained(tmp_path), pipe.to_int8, lambda: pipe.save_released(tmp_path)):
         with pytest.raises(ValueError, match=r"made faster \(compiled\) stays where it is and is not saved; load it again"):
             wrong()
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_pipelines_of_a_model_are_compiled(pipe: FlexVARPipeline) -> None:
+    before = pipe("a", seed=3, output_type="pt").images
+    for either in (pipe, FlexVARPipeline(pipe.model)):
+        assert torch.allclose(either.compile()("a", seed=3, output_type="pt").images, before, atol=1e-4)
 
 
 def test_half_precision_on_a_cpu_keeps_its_layers(pipe: FlexVARPipeline) -> None:
@@ -223,6 +235,73 @@ def test_where_an_edit_runs_out_of_memory_the_recordings_go(
     monkeypatch.setattr(kind, where, mock.Mock(side_effect=torch.OutOfMemoryError("out of memory")))
     with pytest.raises(torch.OutOfMemoryError):  # nothing is left to go
         list(generate(*there, [0, 1], SCHEDULE, keep=keep, seeds=[1, 2], draw=draw))[-1].images  # noqa: B018
+
+
+def test_where_giving_out_a_recording_runs_out_of_memory_all_go(draw: Recorded, there: tuple[Tokenizer, Transformer]) -> None:
+    list(generate(*there, [0], SCHEDULE, seeds=[1], draw=draw))
+    (first,) = draw.recordings.values()
+    run = Recording.run
+
+    def full_at_first(self: Recording, *given: Tensor) -> list[Tensor]:
+        if self is first:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(self, *given)
+
+    with mock.patch.object(Recording, "run", full_at_first):
+        assert same_codes(draw, there, [2], seeds=[4])
+    assert first not in draw.recordings.values()
+
+
+@pytest.mark.parametrize("where", ["flexvar.generation.uniform_numbers", "flexvar.Tokenizer.features", "flexvar.Tokenizer.decode"])
+def test_whatever_a_pipeline_does_the_recordings_give_way(pipe: FlexVARPipeline, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a request needs, what is encoded, what is decoded."""
+    pipe._draw = draw = Recorded(recorded_again, choose, pipe.tokenizer.decode)
+    given = Image.radial_gradient("L").resize((24, 16))
+    work = (lambda: pipe("b", seed=4, output_type="pt")) if "numbers" in where else (lambda: pipe.reconstruct(given, output_type="pt"))
+    expected = work().images
+    pipe("a", seed=3)
+    assert draw.recordings
+    plain = getattr(Tokenizer, where.rsplit(".", 1)[1], generation.uniform_numbers)
+
+    def full_while_recordings_are_there(*given: object) -> Tensor:
+        if draw.recordings and not (isinstance(given[-1], Tensor) and given[-1].is_meta):  # on meta its memory is counted
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(*given)
+
+    monkeypatch.setattr(where, full_while_recordings_are_there)
+    assert torch.equal(work().images, expected)
+
+
+def test_a_recorded_batch_is_drawn_again_although_it_fills_the_memory(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe._draw = draw = Recorded(recorded_again, choose, pipe.tokenizer.decode)
+    free = {"bytes": 2**40}
+    monkeypatch.setattr(memory, "free_memory", lambda device: free["bytes"])
+    monkeypatch.setattr(memory.Drawing, "refuse_what_cannot_fit", lambda self: None)  # as on a GPU
+    pipe(list("abcde"), seed=0)
+    free["bytes"] = 0
+    pipe(list("edcba"), seed=5)
+    assert [key[3] for key in draw.recordings] == [5]
+    pipe(list("edcba"), seed=5, top_k=3)
+    assert [key[3] for key in draw.recordings] == [5, 1]
+
+
+def test_models_of_several_widths_are_all_compiled(networks: tuple[Tokenizer, Transformer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third one as often as the first, by a backend that leaves everything as it is. Dynamo's limit stays what it was outside."""
+    graphs: list[torch.fx.GraphModule] = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, inputs: (graphs.append(graph), graph)[1]))
+    torch._dynamo.reset()
+    tokenizer, limit, made = networks[0], torch._dynamo.config.recompile_limit, []
+    for width in (16, 24, 32):
+        transformer = Transformer(replace(networks[1].config, width=width)).eval().requires_grad_(False)
+        fuse(transformer)
+        draw = Recorded(recorded_again, choose, tokenizer.decode)
+        for settings in ({"keep": Keep([torch.full((1, 1, 1), 7)])}, {}, {"guidance": Guidance("constant", 1.0)}):
+            list(generate(tokenizer, transformer, [0], SCHEDULE, seeds=[1], draw=draw, **settings))
+        made.append(len(graphs))
+    assert made == [made[0], 2 * made[0], 3 * made[0]]
+    assert made[-1] > 2 * limit  # what stands before attention, and what stands after it
+    assert torch._dynamo.config.recompile_limit == limit
+    torch._dynamo.reset()
 
 
 def test_a_drawing_waits_for_the_one_before_whatever_its_stream(draw: Recorded, there: tuple[Tokenizer, Transformer]) -> None:

@@ -10,14 +10,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "flexvar"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("checks",),
     (
         *("schedule", "position", "attention", "kv_cache", "sampling", "weights"),
-        *("writing", "progress", "sheet", "checks", "arguments", "processes"),
+        *("writing", "progress", "sheet", "arguments", "processes", "rates"),
     ),
     ("tokenizer", "transformer", "data", "labels", "fused_sampling"),
-    ("generation", "accounting", "linear"),
-    ("editing", "checkpoint", "official", "zoo", "memory", "compiled"),
-    ("models", "settings"),
+    ("generation", "linear"),
+    ("editing", "checkpoint", "official", "zoo", "compiled", "counting"),
+    ("models", "settings", "accounting"),
+    ("memory", "measuring"),
     ("pipeline",),
     ("evaluation",),
     ("training", "app"),

@@ -64,6 +64,13 @@ def test_the_released_codebook_and_settings(fused: Choose) -> None:
     assert found[0, 0] == logits[0, 0].argmax()
 
 
+def test_the_example_of_the_kernel(fused: Choose) -> None:
+    """Five candidates as 5, 3, 3, 2, 1; five eighths of what is kept are a's, the rest b's."""
+    logits, sampling = torch.tensor([5.0, 3.0, 3.0, 2.0, 1.0]).log().expand(1, 4, -1), Sampling(top_k=4, top_p=0.6)
+    found, expected = compared(fused, logits, torch.tensor([[0.0, 0.6, 0.65, 0.9]]), sampling)
+    assert found.tolist() == expected.tolist() == [[0, 0, 1, 1]]
+
+
 def test_numbers_from_end_to_end_choose_every_candidate_as_often_as_it_is_likely(fused: Choose) -> None:
     torch.manual_seed(0)
     logits = torch.randn(12)

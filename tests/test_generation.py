@@ -148,6 +148,33 @@ def test_kept_codes_stay_and_steer(small_tokenizer: Tokenizer, small_transformer
         list(generate(small_tokenizer, small_transformer, [1], SCHEDULE, keep=Keep([given_codes[0], given_codes[0]])))
 
 
+class OwnKeep(Keep):
+    """A way to keep of somebody else's."""
+
+
+def test_all_of_a_request_is_moved_before_the_first_scale(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    elsewhere, requests = copy.deepcopy(small_transformer).to("meta"), []
+    codes = [torch.zeros(1, *size, dtype=torch.int32) for size in SCHEDULE]
+    keep = OwnKeep(codes, [torch.ones_like(scale) for scale in codes], upto=2)
+    generate(small_tokenizer, elsewhere, [0, 1], SCHEDULE, keep=keep, draw=lambda *given: (requests.append(given[2]), iter(()))[1])
+    (request,) = requests
+    assert {(tensor.device.type, tensor.dtype) for tensor in request.keep.codes} == {("meta", torch.int64)}
+    assert {(tensor.device.type, tensor.dtype) for tensor in request.keep.where} == {("meta", torch.bool)}
+    assert {request.labels.device.type, request.numbers.device.type} == {"meta"}
+    assert (type(request.keep), len(request.keep)) == (OwnKeep, 2)
+
+
+def test_kept_codes_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at codes on a GPU waits for it."""
+    keep, looks, tolist = Keep([torch.zeros(1, *size, dtype=torch.int64) for size in SCHEDULE]), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("one more look"))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (looks.append(len(self)), tolist(self))[1])
+    keep.check(SCHEDULE, 2, 48)
+    assert looks == [len(SCHEDULE)]
+    with pytest.raises(ValueError, match="the kept codes of scale 2 must be integers from 0 to 47"):
+        Keep([*keep.codes[:2], keep.codes[2] - 1, keep.codes[3]]).check(SCHEDULE, 2, 48)
+
+
 @pytest.mark.parametrize("labels", [[], [-1], [6]])
 def test_labels_out_of_range(small_tokenizer: Tokenizer, small_transformer: Transformer, labels: list[int]) -> None:
     with pytest.raises(ValueError, match="from 0 to 5"):

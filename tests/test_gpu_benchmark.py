@@ -12,7 +12,8 @@ from benchmarks import gpu
 from benchmarks.rows import CEILINGS, Table
 from torch import Tensor
 
-from flexvar import Schedule, TokenizerConfig
+from flexvar import Schedule, TokenizerConfig, TransformerConfig, rates
+from flexvar.accounting import floor, plan
 from flexvar.compiled import Recorded, Work
 from flexvar.sampling import choose
 
@@ -23,10 +24,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:64x64 px is drawn in 2 steps")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch) -> Iterator[None]:
-    """A tokenizer that paints quickly, and few pictures; torch's settings stay as they were."""
+    """A tokenizer that paints quickly, few pictures, and ceilings taken at once; torch's settings stay as they were."""
     tokenizer = TokenizerConfig(channels=8, blocks=1, z_channels=8, norm_groups=4, codebook_size=64, code_width=8)
     monkeypatch.setattr(gpu, "TOKENIZER", tokenizer)
     monkeypatch.setattr(gpu, "COMPARED", 3)
+    monkeypatch.setattr(rates, "SECONDS_A_RATE", 0.0)
     convolutions = torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cudnn.allow_tf32 = convolutions
@@ -46,7 +48,10 @@ def measured(item: str, *words: str) -> dict[str, list[list[str]]]:
 
 
 def table_of(title: str) -> Table:
-    tables = (CEILINGS, gpu.CODES, gpu.DRAWING, gpu.KERNELS, gpu.TRANSFORMER, gpu.TOKENIZER_STEP)
+    tables = (
+        *(CEILINGS, gpu.CODES, gpu.DRAWING, gpu.SHARES, gpu.PARTS, gpu.KERNELS),
+        *(gpu.TRANSFORMER, gpu.STEP_SHARES, gpu.TOKENIZER_STEP),
+    )
     (table,) = (table for table in tables if table[0] == title)
     return table
 
@@ -65,8 +70,16 @@ def test_generation_is_timed_in_every_way(tmp_path: Path, capsys) -> None:
     tables = measured("generation", "--out", str(tmp_path / "out.md"))
     assert column(tables, gpu.DRAWING, "way") == [f"d1, 64 px, {way}" for way in ("plain", "fast", "int8") for _ in range(2)]
     assert column(tables, gpu.DRAWING, "batch") == ["1", "2"] * 3
-    for name in ("pictures/s", "ms", "first s", "share of the floor", "with weights read"):
+    for name in ("pictures/s", "ms", "first s", *gpu.SHARE):
         assert_positive(column(tables, gpu.DRAWING, name))
+    assert column(tables, gpu.SHARES, "way") == column(tables, gpu.DRAWING, "way")
+    for name in gpu.SHARES[2:]:
+        assert_positive(column(tables, gpu.SHARES, name))
+    parts = ["class modulation", "blocks at 1x1", "blocks at 4x4", "head", "sampling", "decoder", "all"]
+    assert column(tables, gpu.PARTS, "part") == parts * 6
+    assert column(tables, gpu.PARTS, "batch") == [batch for _ in range(3) for batch in "12" for _ in parts]
+    for name in ("GB", "floor ms", "ms"):
+        assert_positive(column(tables, gpu.PARTS, name))
     assert {*column(tables, gpu.DRAWING, "peak GiB"), *column(tables, gpu.DRAWING, "planned GiB")} == {"-"}
     assert len(tables["Where the time goes"]) == 3 * 11
     assert any("convolution" in kernel for kernel in column(tables, gpu.KERNELS, "kernel"))
@@ -86,6 +99,9 @@ def test_training_is_timed_in_every_way_that_the_device_has(tmp_path: Path) -> N
     assert rows.pop("flex")[1].startswith("failed: ValueError: attention 'flex' gives no gradients on cpu")
     for row in rows.values():
         assert_positive([*row[1:4], row[5], row[7]])
+        assert row[8] == "-"
+    assert column(tables, gpu.STEP_SHARES, "way") == [row[0] for row in rows.values()]
+    assert_positive(column(tables, gpu.STEP_SHARES, "share of the rate"))
     assert column(tables, gpu.TOKENIZER_STEP, "losses") == ["without discriminator", "with discriminator"]
     for name in ("pictures/s", "ms", "first s"):
         assert_positive(column(tables, gpu.TOKENIZER_STEP, name))
@@ -126,6 +142,51 @@ def test_a_recording_that_does_not_read_its_inputs_is_seen(monkeypatch) -> None:
     assert float(recorded.split("%")[0]) < 50
 
 
+def test_the_parts_of_a_recorded_drawing_are_recorded_on_their_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "compiled", lambda *networks: Recorded(recorded_again, choose, networks[0].decode))
+    bench = gpu.Bench(torch.device("cpu"), None, 100, 64)
+    bench.rates = rates.Rates(1e9, 2e9, 3e9)
+    drawing = gpu.Drawing(partial(gpu.random_networks, 1, bench.device), "fast", torch.float32)
+    schedule = Schedule.square([1, 2, 4])
+    rows = gpu.part_rows(bench, drawing, schedule, 2, 3)
+    assert [row[:2] for row in rows] == [("2", name) for name in ("transformer with its head", "sampling", "decoder", "all")]
+    cost = drawing.cost(schedule, 2)
+    assert [row[4] for row in rows[1:3]] == [gpu.figure(1e3 * least) for least in floor(cost, bench.rates).parts[-2:]]
+    assert [float(row[4]) for row in rows][-1] == pytest.approx(1e3 * floor(cost, bench.rates).all, rel=0.01)
+    assert float(rows[0][2]) == pytest.approx(cost.flops.transformer / 1e12, rel=0.01)
+    assert_positive([row[5] for row in rows[1:]])
+
+
+def test_shares_are_said_again_with_the_better_ceilings(monkeypatch) -> None:
+    found = [rates.Rates(1e9, 1e9, 1e9), rates.Rates(2e9, 2e9, 2e9)]
+    monkeypatch.setattr("benchmarks.rows.measure_rates", lambda *_, **__: found.pop(0))
+    bench, said = gpu.Bench(torch.device("cpu"), None, 100, 64), []
+    monkeypatch.setattr(bench, "say", said.append)
+    cost = plan(TransformerConfig(depth=1, codebook_size=64, code_width=8), gpu.TOKENIZER, [1, 2])
+    bench.ceilings("before")
+    bench.later(gpu.SHARES, "d1", partial(gpu.share_rows, bench, cost, 1.0))
+    ((*_, first, _),) = gpu.share_rows(bench, cost, 1.0)
+    bench.end = 0.0  # what needs no time is said all the same
+    bench.finish()
+    assert "not begun" in said[-3]
+    assert said[-1].split("|")[-3].strip() == first
+    bench.end = 1e12
+    bench.waiting.clear()
+    bench.finish()
+    ((*_, second, _),) = gpu.share_rows(bench, cost, 1.0)
+    assert float(second) == pytest.approx(float(first) / 2, rel=0.01)
+
+
+def test_targets_stand_beside_what_they_are_for() -> None:
+    def target(depth: int, schedule: object, batch: int) -> str:
+        return gpu.target_of(plan(TransformerConfig(depth=depth, codebook_size=64, code_width=8), gpu.TOKENIZER, schedule, batch=batch))
+
+    assert [target(16, "10", batch) for batch in (1, 8, 64, 128)] == ["12 ms", "-", "450 pictures/s", "450 pictures/s"]
+    assert [target(24, "10", batch) for batch in (1, 64)] == ["25 ms", "180 pictures/s"]
+    assert [target(16, "512-15", 1), target(20, "10", 1)] == ["-", "-"]
+    assert Schedule.for_size(256, 256, 10) == Schedule.named("10")
+
+
 def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path: Path, monkeypatch) -> None:
     def full(transformer: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -144,7 +205,7 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path: Path, monkeypatch) -
 
 def test_nothing_begins_when_the_time_is_up(tmp_path: Path) -> None:
     tables = measured("all", "--limit", "0", "--out", str(tmp_path / "out.md"))
-    assert len(tables) == 6
+    assert len(tables) == 7
     assert {row[1] for rows in tables.values() for row in rows} == {"not begun, the time was up"}
 
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flexvar import FlexVARPipeline, Guidance, Schedule, Tokenizer, Transformer, generation, memory
-from flexvar.accounting import LiveBytes, encoding_memory, plan
+from flexvar.accounting import plan
 from flexvar.checkpoint import Defaults, Model
 from flexvar.cli import main
-from flexvar.memory import Drawing, free_memory, is_out_of_memory
+from flexvar.counting import LiveBytes, encoding_memory
+from flexvar.memory import Drawing, free_memory, in_parts, is_out_of_memory
 from flexvar.processes import kept_memory
 
 MEBIBYTE = 2**20
@@ -109,7 +110,15 @@ def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_memory(torch.device("meta")) is None
     for name, value in {"mem_get_info": (5, 90), "memory_reserved": 30, "memory_allocated": 20}.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert free_memory(torch.device("cuda")) == 15
+    shared, recorded, elsewhere = (
+        {"device": device, "segment_pool_id": pool, "total_size": 100, "allocated_size": allocated}
+        for device, pool, allocated in ((0, (0, 0), 93), (0, (0, 1), 4), (1, (0, 0), 2))
+    )
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [shared, recorded, elsewhere, shared])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for backend, expected in (("native", 5 + 7 + 7), ("cudaMallocAsync", 5 + 30 - 20)):
+        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda backend=backend: backend)
+        assert free_memory(torch.device("cuda")) == free_memory(torch.device("cuda", 0)) == expected
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 50)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 20)
     assert free_memory(torch.device("mps")) == 30
@@ -198,6 +207,12 @@ def test_pictures_are_rebuilt_in_parts_that_fit(pipe: FlexVARPipeline, monkeypat
     monkeypatch.setattr(Tokenizer, "features", lambda self, x: (x.is_meta or sizes.append(len(x)), plain(self, x))[1])
     assert torch.allclose(pipe.reconstruct(pictures, output_type="pt").images, together, atol=1e-5)
     assert sizes == [2, 2, 1]
+
+
+def test_a_single_part_is_not_copied(drawing: Drawing) -> None:
+    pictures = torch.zeros(4, 3, 96, 160)
+    assert in_parts(drawing, lambda part: pictures[part], 4).data_ptr() == pictures.data_ptr()
+    assert torch.equal(in_parts(drawing, lambda part: pictures[part], 3), pictures)
 
 
 def test_a_batch_of_our_choice_is_halved_where_it_does_not_fit(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

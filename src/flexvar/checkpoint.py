@@ -95,8 +95,10 @@ def save(model: Model, folder: Path | str, *, dtype: torch.dtype = torch.float32
     """Writes a model folder. All files are written under other names and put in place when they are complete, config.json last.
 
     Raises FileExistsError when the folder holds a model, or a file of one, and `overwrite` is not set; ValueError when the model's parts
-    do not belong together.
+    do not belong together, or its transformer was made faster.
     """
+    if model.transformer:
+        model.transformer.refuse_made_faster()
     folder = Path(folder)
     there = [name for name in (CONFIG, TOKENIZER, TRANSFORMER) if (folder / name).exists()]
     if there and not overwrite:

@@ -16,6 +16,7 @@ from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import config as compiler
 from torch.fx.experimental import _config as shapes
 
 from flexvar.generation import Choose, Draw, Request, Step, draw_scales
@@ -27,7 +28,18 @@ from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
 
 MOST_RECORDINGS = 4
-"""Each holds the memory of its whole drawing. Before a fifth is made all go: dropping one takes memory from the others in torch 2.13."""
+"""Each holds the memory of its whole drawing. Before a fifth is made all go.
+
+In torch 2.13 a dropped recording takes the cuBLAS workspaces of its stream along (pytorch issue 193402), and torch hands out 32 streams in
+turn: one that stayed while others came and went would in time share a stream with one of those, and lose its workspaces.
+So five settings in rotation never meet their recordings, nor do settings that change at every picture: each picture is then drawn three
+times, and drawing without `pipe.compile()` is faster.
+"""
+
+MOST_COMPILATIONS = 64
+"""Of one function, by torch.compile: what comes after runs uncompiled, for good. All models of a process count together: torch's own
+limit, 8, is passed by the third one that draws with and without guidance.
+"""
 
 T = TypeVar("T")
 
@@ -38,9 +50,11 @@ Record: TypeAlias = Callable[[Work], tuple[list[Tensor], Callable[[], None]]]
 def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     """Prepares both networks for the device that they are on, for good; gives the way to draw with them. On MPS nothing changes.
 
-    On a CPU this sets the C library of the whole process (`keep_memory`). Raises ModuleNotFoundError on CUDA without Triton.
+    Another pipeline may have prepared them before. On a CPU this sets the C library of the whole process (`keep_memory`). Raises
+    ModuleNotFoundError on CUDA without Triton.
     """
     device = transformer.head.weight.device.type
+    draw: Draw = draw_scales
     if device == "cpu":
         keep_memory()
         if can_pack(transformer):
@@ -50,10 +64,12 @@ def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
             raise ModuleNotFoundError("compiling for CUDA needs Triton, which torch brings along on Linux; install it, or draw without")
         from flexvar.fused_sampling import choose
 
-        fuse(transformer)
+        if "compiled" not in transformer.made_faster:
+            fuse(transformer)
         tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return Recorded(cuda_graph, choose, torch.compile(tokenizer.decode))
-    return draw_scales
+        draw = Recorded(cuda_graph, choose, torch.compile(tokenizer.decode))
+    transformer.made_faster |= {"compiled"}
+    return draw
 
 
 def fuse(transformer: Transformer) -> None:
@@ -64,7 +80,10 @@ def fuse(transformer: Transformer) -> None:
 
 
 def cuda_graph(work: Work) -> tuple[list[Tensor], Callable[[], None]]:
-    """Records work on the current GPU; gives the tensors that it fills and the function that fills them again."""
+    """Records work on the current GPU; gives the tensors that it fills and the function that fills them again.
+
+    On a stream of its own: recordings of one stream share its workspaces, which go with the first of them (see MOST_RECORDINGS).
+    """
     current, aside, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     aside.wait_stream(current)
     try:
@@ -120,17 +139,27 @@ class Recorded:
             for step in self.making_room(lambda: list(draw_scales(tokenizer, transformer, request, self.choose))):
                 yield replace(step, decode=decode)
             return
+        *codes, images = self.making_room(lambda: self._drawn(tokenizer, transformer, request))
+        for k, size in enumerate(request.schedule):
+            last = k == len(request.schedule) - 1
+            yield Step(k, size, codes[k], (lambda _: images) if last else decode)
+
+    def recorded_batch(self, schedule: Schedule, guidance: Guidance, sampling: Sampling) -> int:
+        """The largest batch of these settings that is recorded, and so has its memory already; 0 if none is."""
+        with self.turn:
+            return max((key[3] for key in self.recordings if key[:3] == (schedule, guidance, sampling)), default=0)
+
+    def _drawn(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> list[Tensor]:
+        """The codes of every scale and, last, the pictures."""
         device = request.numbers.device
         with self.turn, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             recording = self._recording(tokenizer, transformer, request)
             if self.done is not None:
                 self.done.wait()
-            *codes, images = recording.run(request.labels, request.numbers)
+            drawn = recording.run(request.labels, request.numbers)
             if device.type == "cuda":
                 self.done = torch.cuda.current_stream().record_event()
-        for k, size in enumerate(request.schedule):
-            last = k == len(request.schedule) - 1
-            yield Step(k, size, codes[k], (lambda _: images) if last else decode)
+        return drawn
 
     def _recording(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Recording:
         """The one with the smallest batch that fits the request, or a new one."""
@@ -140,19 +169,21 @@ class Recorded:
             return self.recordings[min(fitting, key=lambda key: key[3])]
         if len(self.recordings) >= MOST_RECORDINGS:
             self._clear()
-        recording = self.making_room(lambda: self._recorded(tokenizer, transformer, request))
+        recording = self._recorded(tokenizer, transformer, request)
         self.recordings[(*settings, pictures)] = recording
         return recording
 
     def making_room(self, work: Callable[[], T]) -> T:
-        """What the work gives, a second time without the recordings where memory runs out."""
-        try:
+        """What the work gives; where memory runs out, it is tried again without the recordings. All that may compile goes through here."""
+        # Sides of tensors that are equal by chance, as a batch and a scale, are not taken for the same one when it compiles.
+        with shapes.patch(use_duck_shape=False), compiler.patch(recompile_limit=MOST_COMPILATIONS):  # type: ignore[attr-defined]
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if not self.recordings:
+                    raise
+            self._clear()  # out here the error, which holds the tensors of what failed, is gone
             return work()
-        except torch.OutOfMemoryError:
-            if not self.recordings:
-                raise
-        self._clear()  # out here the error, which holds the tensors of what failed, is gone
-        return work()
 
     def _clear(self) -> None:
         with self.turn:
@@ -164,8 +195,7 @@ class Recorded:
                 torch.cuda.empty_cache()
 
     def _recorded(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Recording:
-        with torch.inference_mode(False), torch.no_grad(), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            # Sides of tensors that are equal by chance, as a batch and a scale, are not taken for the same one when it compiles.
+        with torch.inference_mode(False), torch.no_grad():
             own = replace(request, labels=request.labels.clone(), numbers=request.numbers.clone())
 
             def work() -> list[Tensor]:

@@ -98,7 +98,7 @@ class Edit:
         A pixel whose weight is 0 is the given one, to the bit.
         """
         top, left, height, width = self.crop
-        drawing = drawing.float().cpu()[..., top : top + height, left : left + width]
+        drawing = drawing.cpu().float()[..., top : top + height, left : left + width]
         if drawing.shape[-2:] != self.size:
             drawing = F.interpolate(drawing, self.size, mode="bicubic", antialias=True)
         if self.given is None or self.weight is None:

@@ -58,7 +58,16 @@ def _weight_at(weights, keys, key):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _choose_row(logits, numbers, codes, V, top_k, top_p, temperature, LIMITED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One row of logits (V) and one number to one code."""
+    """One row of logits (V) and one number to one code.
+
+    An example: five candidates a, b, c, d, e whose weights, exp(logit), are as 5, 3, 3, 2, 1, with top_k 4, top_p 0.6 and the number 0.9.
+    Top-k: d's key is the largest that 4 candidates reach. 3 of them exceed it, so that 1 of those that equal it stays; 5 + 3 + 3 + 2 = 13
+    is kept.
+    Top-p: the limit is 0.6 · 13 = 7.8. The mass above d's key is 11, above c's, which is b's too, 5: this is the smallest key that starts
+    below the limit. b starts at 5 and c at 8, so that ceil((7.8 - 5) / 3) = 1 of the two stays; 5 + 3 = 8 is kept.
+    The inverse: the target is 0.9 · 8 = 7.2. The mass down to a's key is 5, down to b's 5 + 3 + 3: it falls among those that equal b,
+    (7.2 - 5) / 3 = 0.7 places in, which is the first of them: b.
+    """
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < V

@@ -61,15 +61,22 @@ class Keep:
                 if tensor.ndim != 3 or tuple(tensor.shape[1:]) != schedule[k] or tensor.shape[0] not in (1, pictures):
                     expected = f"({pictures} or 1, {schedule[k][0]}, {schedule[k][1]})"
                     raise ValueError(f"the kept {name} of scale {k} has shape {tuple(tensor.shape)} instead of {expected}")
-            if self.codes[k].is_floating_point() or self.codes[k].min() < 0 or self.codes[k].max() >= codebook_size:
+        kept = self.codes[: len(self)]
+        outside = [(codes < 0).logical_or(codes >= codebook_size).any() for codes in kept]
+        for k, wrong in enumerate(torch.stack(outside).tolist() if kept else []):  # codes on a GPU are waited for once
+            if wrong or kept[k].is_floating_point():
                 raise ValueError(f"the kept codes of scale {k} must be integers from 0 to {codebook_size - 1}")
+
+    def to(self, device: torch.device) -> Keep:
+        """All of it on a device, as `apply` takes it."""
+        codes = [codes.to(device, torch.int64) for codes in self.codes]
+        return replace(self, codes=codes, where=None if self.where is None else [where.to(device, torch.bool) for where in self.where])
 
     def apply(self, scale: int, drawn: Tensor) -> Tensor:
         """The codes (B, h, w) of a scale: the kept ones in their places, the drawn ones elsewhere."""
         if scale >= len(self):
             return drawn
-        kept = self.codes[scale].to(drawn).expand_as(drawn)
-        return kept if self.where is None else torch.where(self.where[scale].to(drawn.device, torch.bool), kept, drawn)
+        return self.codes[scale].expand_as(drawn) if self.where is None else torch.where(self.where[scale], self.codes[scale], drawn)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,7 @@ def generate(
         raise ValueError(f"labels must be one or more integers from 0 to {config.null_class}, the last one meaning no class")
     if keep is not None:
         keep.check(schedule, len(labels), config.codebook_size)
+        keep = keep.to(device)
     numbers = uniform_numbers(seeds_of(seeds, len(labels)), schedule.tokens).to(device)
     guidance = needed_guidance(guidance, labels.tolist(), config.null_class)
     request = Request(labels.to(device, torch.int64), schedule, guidance, sampling, keep, numbers)
@@ -135,43 +143,43 @@ def draw_scales(tokenizer: Tokenizer, transformer: Transformer, request: Request
     greedy = request.sampling.greedy_scales(schedule, transformer.config.trained_grid)
     guided = max((k + 1 for k, weight in enumerate(weights) if weight != 1), default=0)  # scales, from the first
 
-    # Each half is a batch that goes through the network at once: pictures with their class, and the same ones without it.
+    # A batch goes through the network at once: pictures with their class and the same ones without it, together or one after the other.
     unlabelled = torch.full_like(labels, transformer.config.null_class)
-    halves = [labels] if not guided else [labels, unlabelled] if request.guidance.split else [torch.cat((labels, unlabelled))]
-    conditions = [transformer.condition(half) for half in halves]
-    caches = [transformer.new_cache(len(half), schedule) for half in halves]
+    batches = [labels] if not guided else [labels, unlabelled] if request.guidance.split else [torch.cat((labels, unlabelled))]
+    conditions = [transformer.condition(batch) for batch in batches]
+    caches = [transformer.new_cache(len(batch), schedule) for batch in batches]
 
     codes = torch.empty(0)
     for k, (size, at) in enumerate(zip(schedule, schedule.slices, strict=True)):
-        if k == guided > 0:  # no scale from here on reads what was drawn without the class
+        if k == guided > 0:  # from here on nothing is drawn without the class
             conditions, caches = [conditions[0].only(len(labels))], [caches[0].only(len(labels))]
         if k == 0:
             embedded = [transformer.begin(condition, size) for condition in conditions]
         else:
             scale = transformer.embed(tokenizer.lift(codes, size).flatten(2).mT, size)  # (B, n, D)
             embedded = [scale.repeat(len(condition.embedding) // len(labels), 1, 1) for condition in conditions]
-        read = torch.cat([transformer.step(*half) for half in zip(embedded, conditions, caches, strict=True)])  # (B or 2B, n, D)
+        hidden = torch.cat([transformer.step(*given) for given in zip(embedded, conditions, caches, strict=True)])  # (B or 2B, n, D)
         if k < guided:
             # The head is linear and the weights sum to 1, so guiding what it reads is guiding its logits, at half the work.
-            with_class, without = read.float().chunk(2)
-            read = torch.lerp(without, with_class, weights[k]).to(read.dtype)  # (B, n, D)
+            with_class, without = hidden.float().chunk(2)
+            hidden = torch.lerp(without, with_class, weights[k]).to(hidden.dtype)  # (B, n, D)
         if k == len(schedule) - 1:
             del caches, embedded  # decoding gets their memory
-        drawn = choose(full_logits(transformer.head, read), request.numbers[:, at], request.sampling, greedy[k])  # (B, n)
+        drawn = choose(full_logits(transformer.head, hidden), request.numbers[:, at], request.sampling, greedy[k])  # (B, n)
         codes = drawn.unflatten(1, size)  # (B, h, w)
         if keep is not None:
             codes = keep.apply(k, codes)
         yield Step(k, size, codes, tokenizer.decode)
 
 
-def full_logits(head: nn.Linear, read: Tensor) -> Tensor:
+def full_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
     """What the head makes of its input (B, n, D): logits (B, n, V) in float32, also where weights and input are in half precision.
 
     A layer in half precision rounds its sums to that, and neighbouring logits become equal.
     """
     if head.weight.dtype not in (torch.bfloat16, torch.float16):
-        return head(read).float()
-    if read.is_cuda and torch.version.cuda:
-        product = torch.mm(read.flatten(0, 1), head.weight.T, out_dtype=torch.float32)
-        return product.add_(head.bias).unflatten(0, read.shape[:2])
-    return F.linear(read.float(), head.weight.float(), head.bias.float())
+        return head(hidden).float()
+    if hidden.is_cuda and torch.version.cuda:
+        product = torch.mm(hidden.flatten(0, 1), head.weight.T, out_dtype=torch.float32)
+        return product.add_(head.bias).unflatten(0, hidden.shape[:2])
+    return F.linear(hidden.float(), head.weight.float(), head.bias.float())

@@ -103,9 +103,10 @@ def integer_product(rows: Tensor, weight: Tensor) -> Tensor:
 def to_int8(transformer: Transformer) -> None:
     """Gives all blocks 8-bit weights, in place and for good.
 
-    Raises ValueError on other devices than CPU and CUDA, for weights with a side that is no multiple of 8, and on a processor whose
-    8-bit products are not exact.
+    Raises ValueError for a transformer made faster already, on other devices than CPU and CUDA, for weights with a side that is no multiple
+    of 8, and on a processor whose 8-bit products are not exact.
     """
+    transformer.refuse_made_faster()
     device = transformer.head.weight.device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"8-bit weights run on CPUs and CUDA, and this transformer is on {device}; move it, or draw without them")
@@ -118,6 +119,7 @@ def to_int8(transformer: Transformer) -> None:
         if not (integer_product(most[:FEWEST_CUDA_ROWS], -most) == -most.shape[1] * LARGEST**2).all():
             raise ValueError("this processor adds 8-bit products up in 16 bits, where they overflow; draw in float32")
     exchange_layers(transformer, Int8Linear)
+    transformer.made_faster |= {"int8"}
 
 
 # -- packed --

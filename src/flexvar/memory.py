@@ -29,6 +29,8 @@ SHARE_TO_FILL = 0.6
 
 MOST_CODES = 2**40  # on a side, as far as a size that fits is looked for
 
+SHARED_POOL = (0, 0)  # of CUDA's allocator: all tensors' but those of recorded graphs
+
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # where Linux tells of memory
 
 
@@ -109,13 +111,14 @@ class Drawing(ContextDecorator):
             raise MemoryError(self.complaint(free_memory(self.device))) from error
 
 
-def in_parts(drawing: Drawing, draw: Callable[[slice], Tensor], at_once: int | None = None) -> Tensor:
+def in_parts(drawing: Drawing, draw: Callable[[slice], Tensor], at_once: int | None = None, ready: int = 0) -> Tensor:
     """All pictures of a drawing, so many at once; where that is left to us what fits, and fewer where that turns out to be too many.
 
-    draw: what a part of the pictures gives. Raises MemoryError where even one does not fit, or so many as were asked for.
+    draw: what a part of the pictures gives. ready: as many have their memory already, whatever is free.
+    Raises MemoryError where even one does not fit, or so many as were asked for.
     """
     drawn: list[Tensor] = []
-    start, step = 0, drawing.at_once() if at_once is None else at_once
+    start, step = 0, max(ready, drawing.at_once()) if at_once is None else at_once
     while start < drawing.batch:
         part = slice(start, min(start + step, drawing.batch))
         try:
@@ -125,7 +128,7 @@ def in_parts(drawing: Drawing, draw: Callable[[slice], Tensor], at_once: int | N
             if at_once is not None or part.stop - part.start == 1:
                 raise
             step = (part.stop - part.start) // 2
-    return torch.cat(drawn)
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)  # which copies
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -136,11 +139,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that new tensors can take on a device: all of the machine's on a Mac's CPU; None where it cannot be told."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + _idle(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     free = [*_machine(), *_groups()] if device.type == "cpu" else []
     return min(free) + kept_memory() if free else None
+
+
+def _idle(device: torch.device) -> int:
+    """What CUDA's allocator holds for tensors to come; not what it holds for recorded graphs, which have pools of their own."""
+    if torch.cuda.get_allocator_backend() != "native":  # it knows of no segments
+        return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    segments = [segment for segment in torch.cuda.memory_snapshot() if segment["device"] == number]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in segments if segment["segment_pool_id"] == SHARED_POOL)
 
 
 def _machine() -> Iterator[int]:

@@ -53,12 +53,13 @@ def released_model(tokenizer: str | Path, transformer: str | Path) -> Model:
 def write_released(model: Model, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
     """Writes the two .pth files that the released code loads; gives their paths, tokenizer first.
 
-    Warns where the released code has to be changed to load them. Raises ValueError for a model without a transformer, and FileExistsError
-    where a file is there and `overwrite` is not set.
+    Warns where the released code has to be changed to load them. Raises ValueError for a model without a transformer or with one made
+    faster, and FileExistsError where a file is there and `overwrite` is not set.
     """
     painted, drawn, folder = model.tokenizer, model.transformer, Path(folder)
     if drawn is None:
         raise ValueError("this model has no transformer yet; train one on its tokenizer first")
+    drawn.refuse_made_faster()
     warn_of_differences(painted.config, drawn.config)
     tokenizer, transformer = folder / zoo.RELEASED_TOKENIZER, folder / f"FlexVARd{drawn.config.depth}.pth"
     for path in (tokenizer, transformer):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, Unpack
+from typing import Any, TypeAlias, TypeVar, Unpack
 
 import huggingface_hub
 import numpy as np
@@ -33,6 +33,7 @@ from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
 
 Labels: TypeAlias = Label | Sequence[Label]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,6 @@ class FlexVARPipeline:
         self.tokenizer: Tokenizer = model.tokenizer
         self.transformer: Transformer = model.transformer
         self.settings = Settings(model)  # what the keywords of a call mean
-        self.made_faster: tuple[str, ...] = ()  # "int8", "compiled"
         self._draw: Draw = draw_scales
 
     @property
@@ -79,6 +79,11 @@ class FlexVARPipeline:
     def dtype(self) -> torch.dtype:
         """What it computes in."""
         return self.transformer.head.weight.dtype
+
+    @property
+    def made_faster(self) -> frozenset[str]:
+        """How the model was made faster, by this pipeline or another: "int8", "compiled"."""
+        return self.transformer.made_faster
 
     @property
     def precision(self) -> str:
@@ -103,12 +108,10 @@ class FlexVARPipeline:
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the model folder. Raises FileExistsError when it holds a model and `overwrite` is not set."""
-        self._refuse_made_faster()
         save(self.model, folder, overwrite=overwrite)
 
     def save_released(self, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
         """Writes the two .pth files that the released code loads; gives their paths, tokenizer first."""
-        self._refuse_made_faster()
         return write_released(self.model, folder, overwrite=overwrite)
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
@@ -125,7 +128,7 @@ class FlexVARPipeline:
         dtype: torch.dtype | None = None,
     ) -> FlexVARPipeline:
         """Moves both networks to a device, a dtype, or both, by place or by name: pipe.to("cuda", torch.bfloat16), pipe.to(dtype=...)."""
-        self._refuse_made_faster()
+        self.transformer.refuse_made_faster()
         for given in device_or_dtype:
             device, dtype = (device, given) if isinstance(given, torch.dtype) else (given, dtype)
         for network in (self.tokenizer, self.transformer):
@@ -137,9 +140,7 @@ class FlexVARPipeline:
 
         On the CPU and on CUDA; move it there first, and compile it afterwards. Raises ValueError elsewhere.
         """
-        self._refuse_made_faster()
         linear.to_int8(self.transformer)
-        self.made_faster = ("int8",)
         return self
 
     def compile(self) -> FlexVARPipeline:
@@ -148,15 +149,9 @@ class FlexVARPipeline:
         Move the pipeline first. The first picture of each size then takes longer on CUDA. On Linux, with the pipeline on the CPU, the whole
         process keeps the memory that it frees from then on, other libraries' too (`flexvar.processes.keep_memory`).
         """
-        if "compiled" not in self.made_faster:
+        if not isinstance(self._draw, Recorded):  # a new one would begin without recordings
             self._draw = compiled(self.tokenizer, self.transformer)
-            self.made_faster += ("compiled",)
         return self
-
-    def _refuse_made_faster(self) -> None:
-        if self.made_faster:
-            how = " and ".join("of 8-bit weights" if name == "int8" else name for name in self.made_faster)
-            raise ValueError(f"a model made faster ({how}) stays where it is and is not saved; load it again from its folder")
 
     # -- drawing --
 
@@ -190,7 +185,8 @@ class FlexVARPipeline:
         def drawn(part: slice) -> Tensor:
             return self._finished(indices[part], seeds[part], edit and edit.part(part), grids, guidance, sampling)
 
-        images = in_parts(self._drawing(grids, len(indices), guidance, edit), drawn, at_once)
+        ready = self._draw.recorded_batch(grids, guidance, sampling) if isinstance(self._draw, Recorded) and edit is None else 0
+        images = in_parts(self._drawing(grids, len(indices), guidance, edit), drawn, at_once, ready)
         return FlexVAROutput(as_output(images, output_type), indices, seeds)
 
     @takes(DrawingSettings)
@@ -230,15 +226,21 @@ class FlexVARPipeline:
         drawing = self._drawing(grids, len(indices), guidance, edit)
         drawing.refuse_what_cannot_fit()
         with drawing:
-            keep = None if edit is None else self._keep(edit, grids)
+            keep = None if edit is None else self._making_room(lambda: self._keep(edit, grids))
             networks = self.tokenizer, self.transformer
-            steps = generate(*networks, indices, grids, guidance=guidance, sampling=sampling, keep=keep, seeds=seeds, draw=self._draw)
+            steps = self._making_room(
+                lambda: generate(*networks, indices, grids, guidance=guidance, sampling=sampling, keep=keep, seeds=seeds, draw=self._draw)
+            )
         return _watched(steps, drawing, edit, len(grids))
 
     def _finished(self, *what: Any) -> Tensor:
         """The pictures of the last step, on the CPU; the other steps are gone then."""
         *_, last = self._steps(*what)
-        return last.images.float().cpu()
+        return last.images.cpu().float()
+
+    def _making_room(self, work: Callable[[], T]) -> T:
+        """What the work gives; recorded drawings, where there are any, give way to it when memory runs out."""
+        return self._draw.making_room(work) if isinstance(self._draw, Recorded) else work()
 
     # -- editing --
 
@@ -305,11 +307,7 @@ class FlexVARPipeline:
 
     def _codes(self, pictures: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
         """The codes (P, h, w) of pictures (P, 3, H, W) in [-1, 1], at each of the scales."""
-
-        def codes() -> list[Tensor]:
-            return self.tokenizer.codes(self.tokenizer.features(pictures.to(self.tokenizer.after_codes.weight)), sizes)
-
-        return self._draw.making_room(codes) if isinstance(self._draw, Recorded) else codes()
+        return self.tokenizer.codes(self.tokenizer.features(pictures.to(self.tokenizer.after_codes.weight)), sizes)
 
     # -- through the tokenizer --
 
@@ -335,8 +333,8 @@ class FlexVARPipeline:
         def rebuilt(part: slice) -> Tensor:
             with (fitting := replace(drawing, batch=len(pixels[part]))):
                 fitting.refuse_what_cannot_fit()
-                (codes,) = self._codes(pixels[part] / 127.5 - 1, [grid])
-                return self.tokenizer.decode(codes).float().cpu()
+                (codes,) = self._making_room(lambda: self._codes(pixels[part] / 127.5 - 1, [grid]))
+                return self._making_room(lambda: self.tokenizer.decode(codes)).cpu().float()
 
         return FlexVAROutput(as_output(in_parts(drawing, rebuilt), output_type), [], [])
 

@@ -164,6 +164,8 @@ class Transformer(nn.Module):
 
     WITHOUT_DECAY = ("positions",)
 
+    made_faster: frozenset[str] = frozenset()  # "int8", "compiled": how it was changed in place, for drawing alone
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
@@ -205,6 +207,12 @@ class Transformer(nn.Module):
     def layers(self) -> list[Block]:
         """The blocks, typed."""
         return [block for block in self.blocks if isinstance(block, Block)]
+
+    def refuse_made_faster(self) -> None:
+        """Raises ValueError where it was made faster: its weights are laid out for one device, or rounded, or recordings point at them."""
+        if self.made_faster:
+            how = ", ".join(sorted("of 8-bit weights" if name == "int8" else name for name in self.made_faster))
+            raise ValueError(f"a model made faster ({how}) stays where it is and is not saved; load it again from its folder")
 
     # -- the parts of one pass --
 

@@ -6,6 +6,12 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from flexvar.accounting import Plan
 
 Words = argparse.Namespace
 
@@ -117,6 +123,7 @@ def run_plan(words: Words) -> None:
 
     from flexvar.accounting import plan
     from flexvar.checkpoint import Model, load_empty
+    from flexvar.cli.drawing import device_of, dtype_of, kind_of
     from flexvar.models import model_folder
     from flexvar.schedule import Schedule
     from flexvar.settings import Settings
@@ -134,5 +141,33 @@ def run_plan(words: Words) -> None:
         transformer = TransformerConfig(depth=words.depth)
     asked = None if words.schedule is None else Schedule.parse(words.schedule)
     schedule = Settings(model).schedule_of(words.height, words.width, words.steps, asked)
-    dtype, guided = getattr(torch, words.dtype), not words.no_guidance
-    print(plan(transformer, model.tokenizer.config, schedule, batch=words.batch, guided=guided, dtype=dtype))
+    device = device_of(words.device) if words.measure else None
+    dtype = dtype_of(words.dtype, kind_of(words.device or "cpu") if device is None else device.type)
+    guided, int8 = not words.no_guidance, words.dtype == "int8"
+    cost = plan(transformer, model.tokenizer.config, schedule, batch=words.batch, guided=guided, dtype=dtype, int8=int8)
+    print(cost, flush=True)
+    if device is not None:
+        _measure(cost, device)
+
+
+def _measure(cost: Plan, device: torch.device) -> None:
+    """Prints what drawing takes here. MemoryError, after the least that it could take, where there is no room for it."""
+    from flexvar.measuring import Measured, measure_drawing, random_networks, rates_for
+    from flexvar.memory import free_memory
+    from flexvar.processes import keep_memory
+    from flexvar.rates import MEMORY_TAKEN, device_name
+
+    if device.type == "cpu":
+        keep_memory()  # as every command that draws
+    float32 = cost.memory.peak - cost.memory.transformer_weights + 4 * cost.transformer_parameters  # how weights are made
+    needed, free = max(cost.memory.peak, float32) + MEMORY_TAKEN, free_memory(device)
+    fits = free is None or needed <= free
+    if fits:
+        measured = measure_drawing(cost, *random_networks(cost, device))
+    else:
+        rates = rates_for(cost, device)
+        measured = Measured(cost, device_name(device), rates, rates, ())
+    print("", *measured.lines(), sep="\n")
+    if not fits:
+        room = f"takes {needed / 2**30:.1f} GiB where {(free or 0) / 2**30:.1f} are free"
+        raise MemoryError(f"it was not drawn, which {room}; take smaller pictures or a smaller batch")

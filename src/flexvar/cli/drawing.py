@@ -148,20 +148,36 @@ def greedy_scales(text: str) -> Greedy:
 
 def move(pipe: FlexVARPipeline, words: Words) -> str:
     """Moves a pipeline to the device and dtype asked for, or the best that there are, compiles it on request; gives the dtype's name."""
-    import torch
-
     from flexvar.processes import keep_memory
 
     device = device_of(words.device)
     if device.type == "cpu":
         keep_memory()  # this process is ours
-    named: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-    pipe.to(device, named.get(words.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32))
+    pipe.to(device, dtype_of(words.dtype, device.type))
     if words.dtype == "int8":
         pipe.to_int8()
     if words.compile:
         pipe.compile()
     return pipe.precision
+
+
+def dtype_of(name: str | None, device_type: str) -> torch.dtype:
+    """The dtype asked for; the device's own where none is, or 8-bit weights are, which are for the blocks alone."""
+    import torch
+
+    own = "bfloat16" if device_type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, own if name in (None, "int8") else name)
+    return dtype
+
+
+def kind_of(device: str) -> str:
+    """ "cuda" of "cuda:1", whether it is here or not; ValueError for no name of a device."""
+    import torch
+
+    try:
+        return torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"{device!r} is no name of a device; give cpu, cuda or mps") from error
 
 
 def device_of(name: str | None) -> Any:

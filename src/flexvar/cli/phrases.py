@@ -69,9 +69,13 @@ def add_schedule(command: Parser) -> None:
 
 def add_device(command: Parser) -> None:
     command.add_argument("--device", help=DEVICES)
+    add_dtype(command)
+    command.add_argument("--compile", action="store_true", help="prepare the model for speed first: pays for many pictures")
+
+
+def add_dtype(command: Parser) -> None:
     choices = ["float32", "bfloat16", "float16", "int8"]
     command.add_argument("--dtype", choices=choices, help="int8: faster, at a price (default: bfloat16 on CUDA, else float32)")
-    command.add_argument("--compile", action="store_true", help="prepare the model for speed first: pays for many pictures")
 
 
 def add_model(command: Parser) -> None:

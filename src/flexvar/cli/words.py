@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from flexvar.cli.commands import Words, run_cache, run_convert, run_data, run_info, run_plan, run_train
 from flexvar.cli.drawing import run_edit, run_sample
 from flexvar.cli.evaluating import add_evaluations
-from flexvar.cli.phrases import add_drawing, add_model, add_overwrite, add_schedule, add_size
+from flexvar.cli.phrases import add_drawing, add_dtype, add_model, add_overwrite, add_schedule, add_size
 
 EDITS = (
     ("refine", "Keep the coarse scales of pictures and draw the others again.", "photo.png --strength 0.6 --class octopus"),
@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     plan = command(
         "plan",
         run_plan,
-        "Say what drawing costs before it runs: tokens, memory, FLOPs.",
+        "Say what drawing costs before it runs: tokens, FLOPs, bytes moved, memory.",
         "plan --depth 24 --height 512 --width 512 --batch 8",
     )
     which = plan.add_mutually_exclusive_group()
@@ -122,8 +122,16 @@ def parser() -> argparse.ArgumentParser:
     add_size(plan)
     add_schedule(plan)
     plan.add_argument("--batch", type=int, default=1, help="pictures drawn at the same time (default: 1)")
-    plan.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(default: float32)")
     plan.add_argument("--no-guidance", action="store_true", help="without classifier-free guidance")
+    plan.add_argument(
+        "--device", help="a name as cpu or cuda, which need not be here (default: cpu; with --measure: the accelerator, if any)"
+    )
+    add_dtype(plan)
+    measure_help = (
+        "then draw here with random weights: the device's rates, the least time that they allow each part, the time that it takes, and "
+        "the share. Four drawings, the making of the networks and about 15 s; beside the memory of the plan 1 GiB"
+    )
+    plan.add_argument("--measure", action="store_true", help=measure_help)
     return top
 
 

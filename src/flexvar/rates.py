@@ -1,0 +1,136 @@
+"""What a device does at most: how fast it multiplies matrices, convolves, and reads memory."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SECONDS_A_RATE = 0.5
+"""How long each shape is measured."""
+
+MEMORY_TAKEN = 2**30
+"""Bytes that are enough for it on a CPU."""
+
+LARGE_PRODUCT = 8192  # rows, and both sides of a weight: less does not fill a GPU
+MOST_ROWS = 4096  # of a product on a CPU, which is no faster with more
+MOST_PIXELS = 2**19  # of the largest convolutions' maps, the whole batch
+CONVOLUTIONS = ((128, 1), (256, 2), (256, 4))  # channels of the released decoder's dearest ones, and how much smaller their maps are
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one device, in one precision."""
+
+    products: float  # FLOP/s of large products of matrices
+    convolutions: float  # FLOP/s of 3x3 convolutions, in the faster format
+    memory: float  # bytes/s
+    format: str = ""  # the faster one: "NCHW" or "channels last"
+
+    def __str__(self) -> str:
+        convolutions = f"3x3 convolutions {_giga(self.convolutions)}{self.format and f' ({self.format})'}"
+        return f"products {_giga(self.products)} GFLOP/s, {convolutions}, memory {_giga(self.memory)} GB/s"
+
+    def better(self, other: Rates) -> Rates:
+        """The larger one of each rate."""
+        faster = max(self, other, key=lambda rates: rates.convolutions)
+        return replace(faster, products=max(self.products, other.products), memory=max(self.memory, other.memory))
+
+    def apart(self, other: Rates) -> bool:
+        """Whether products or convolutions differ by more than a tenth: other work disturbed one of the two."""
+        return disturbed(self.products, other.products) or disturbed(self.convolutions, other.convolutions)
+
+    @property
+    def unhindered(self) -> Rates:
+        """As if memory were read at once."""
+        return replace(self, memory=math.inf)
+
+
+def disturbed(before: float, after: float) -> bool:
+    """Whether two rates are more than 10 % apart."""
+    return abs(before - after) > 0.1 * max(before, after)
+
+
+def measure_rates(
+    device: torch.device, dtype: torch.dtype, *, rows: int = 512, width: int = 1024, pictures: tuple[int, int, int] = (1, 256, 256)
+) -> Rates:
+    """The rates of a device in one precision, a median each.
+
+    On a CPU the products are those of an MLP of this width on so many rows, and the convolutions those of a decoder of pictures (B, H, W):
+    it is filled by what is drawn, and larger ones take long. Elsewhere they are larger than either.
+    """
+    convolutions, name = _convolution_rate(device, dtype, *pictures)
+    return Rates(_product_rate(device, dtype, rows, width), convolutions, _memory_rate(device), name)
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> float:
+    """FLOP/s of products of matrices of random numbers: an MLP's two on a CPU, a large square one elsewhere."""
+    rows = min(rows, MOST_ROWS)
+    shapes = [(rows, width, 4 * width), (rows, 4 * width, width)] if device.type == "cpu" else [(LARGE_PRODUCT,) * 3]
+    rates = []
+    for count, narrow, wide in shapes:
+        x, weight, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((count, narrow), (wide, narrow), (wide,)))
+        rates.append(_rate(device, lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias), 2 * count * narrow * wide))  # type: ignore[misc]
+    return statistics.harmonic_mean(rates)
+
+
+def _convolution_rate(device: torch.device, dtype: torch.dtype, batch: int, height: int, width: int) -> tuple[float, str]:
+    """FLOP/s of 3x3 convolutions in the faster memory format, and its name."""
+    height, width = (min(side, 512) for side in (height, width))
+    most = max(1, MOST_PIXELS // (height * width))
+    batch = min(batch, most) if device.type == "cpu" else most
+    best = (0.0, "")
+    for memory_format, name in ((torch.contiguous_format, "NCHW"), (torch.channels_last, "channels last")):
+        seconds, count = 0.0, 0
+        for channels, shrink in CONVOLUTIONS:
+            x = torch.randn(batch, channels, max(1, height // shrink), max(1, width // shrink), device=device)
+            weight = torch.randn(channels, channels, 3, 3, device=device)
+            x, weight = (tensor.to(dtype, memory_format=memory_format) for tensor in (x, weight))
+            flops = 2 * x.numel() * channels * 9
+            seconds += flops / _rate(device, lambda x=x, weight=weight: F.conv2d(x, weight, padding=1), flops)  # type: ignore[misc]
+            count += flops
+        best = max(best, (count / seconds, name))
+    return best
+
+
+def _memory_rate(device: torch.device) -> float:
+    """Bytes/s of a piece of memory that no cache holds, read, or read and written: the better of the two."""
+    memory = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
+    copy = torch.empty_like(memory)
+    return max(_rate(device, memory.sum, memory.nbytes), _rate(device, lambda: copy.copy_(memory), 2 * memory.nbytes))
+
+
+def _rate(device: torch.device, work: Callable[[], Tensor], amount: int) -> float:
+    """How much of a piece of work is done in a second: the median over runs that fill half of one."""
+    work()
+    seconds: list[float] = []
+    while sum(seconds) < SECONDS_A_RATE or len(seconds) < 3:
+        wait_for(device)
+        began = time.perf_counter()
+        work()
+        wait_for(device)
+        seconds.append(time.perf_counter() - began)
+    return amount / statistics.median(seconds)
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """The name that a report says."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _giga(rate: float) -> str:
+    return f"{rate / 1e9:.1f}"

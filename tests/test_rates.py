@@ -1,0 +1,48 @@
+"""What a device does at most: rates of this century, the better of two, and what disturbed them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flexvar import rates
+from flexvar.rates import Rates, disturbed, measure_rates
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_are_of_this_century(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "SECONDS_A_RATE", 0.0)
+    found = measure_rates(CPU, dtype, rows=8, width=64, pictures=(1, 16, 16))
+    for rate in (found.products, found.convolutions, found.memory):
+        assert 1e6 < rate < 1e15
+    assert found.format in ("NCHW", "channels last")
+    assert str(found).startswith(f"products {found.products / 1e9:.1f} GFLOP/s, 3x3 convolutions ")
+    assert str(found).endswith(f"({found.format}), memory {found.memory / 1e9:.1f} GB/s")
+
+
+def test_large_drawings_do_not_make_them_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(rates, "_rate", lambda device, work, amount: taken.append(amount) or 1.0)
+    measure_rates(CPU, torch.float32, rows=10**6, width=64, pictures=(1000, 64, 512))
+    *convolutions, rise, fall, _, _ = taken
+    assert max(convolutions) == 2 * rates.MOST_PIXELS * 128**2 * 9
+    assert rise == fall == 2 * rates.MOST_ROWS * 64 * 256
+
+
+def test_the_better_of_two_is_taken_rate_by_rate() -> None:
+    one, other = Rates(5.0, 2.0, 9.0, "NCHW"), Rates(4.0, 3.0, 8.0, "channels last")
+    assert one.better(other) == other.better(one) == Rates(5.0, 3.0, 9.0, "channels last")
+    assert one.unhindered == Rates(5.0, 2.0, math.inf, "NCHW")
+
+
+def test_what_is_more_than_a_tenth_apart_was_disturbed() -> None:
+    assert disturbed(1.0, 0.89)
+    assert not disturbed(0.91, 1.0)
+    calm = Rates(1.0, 1.0, 1.0)
+    assert calm.apart(Rates(0.8, 1.0, 1.0))
+    assert calm.apart(Rates(1.0, 1.2, 1.0))
+    assert not calm.apart(Rates(1.0, 1.0, 0.5))  # memory is never at rest
