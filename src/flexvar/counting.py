@@ -96,6 +96,7 @@ def drawing_memory(
     """The most bytes that exist at the same time, beside the weights, while codes are drawn; the cache is among them.
 
     The loop itself draws the last two scales: the last is the dearest, and begins with what the one before it left.
+    In half precision the head is copied to float32, as on a CPU; CUDA does without, which shows where a transformer is small.
     """
     transformer = copy.copy(empty_transformer(config, min(BLOCKS, config.depth), dtype, int8))
     blocks, transformer.config = transformer.config.depth, config  # the cache is that of all blocks
