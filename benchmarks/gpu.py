@@ -4,7 +4,7 @@
 
 Items: `correct` (codes of bfloat16, of the faster way and of 8-bit weights against the plain way in float32), `generation` (labels to
 pictures: speed, memory, parts, dearest kernels), `training` (steps of the transformer in every way to attend, and of the tokenizer),
-`ceilings` (rates of products, convolutions and memory; taken first and last with every item). bfloat16 on CUDA, float32 elsewhere; weights
+`ceilings` (rates of products, convolutions and memory; taken first and last, whatever the items). bfloat16 on CUDA, else float32; weights
 are random, except for the bundled model's codes. The floor is that of `flexvar plan --measure`: of each part, at each scale, FLOPs or bytes
 over the first ceilings; the last tables repeat the shares with the better of both. 8-bit weights move fewer bytes, and are held against the
 rate of the others' products. The parts of a recorded drawing cannot be timed within it: sampling and decoding are recorded on their own,

@@ -162,6 +162,16 @@ def test_memory_that_the_c_library_keeps_is_free() -> None:
     assert last.item() == 1
 
 
+def test_8_bit_weights_are_planned_as_such(pipe: FlexVARPipeline) -> None:
+    networks, schedule = (pipe.transformer.config, pipe.tokenizer.config), Schedule.of([4] * 12)  # so that decoding takes less
+    plain, rounded = (plan(*networks, schedule, int8=int8).memory.working for int8 in (False, True))
+    assert rounded > plain  # its sums take more than what they replace, in float32
+    assert pipe._drawing(schedule, 1, pipe.defaults.guidance).fits(plain)
+    drawing = pipe.to_int8()._drawing(schedule, 1, pipe.defaults.guidance)
+    assert drawing.fits(rounded)
+    assert not drawing.fits(rounded - 1)
+
+
 def test_a_cpu_refuses_what_cannot_fit_before_it_tries(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     need = needs(pipe._drawing(Schedule.for_grid(16, 16, 6, 4), 1, pipe.defaults.guidance))
     settings = {"height": 64, "width": 64, "seed": 0, "num_inference_steps": 6}

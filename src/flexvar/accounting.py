@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from flexvar.counting import bytes_of, count_decoding, drawing_memory, empty_tokenizer, empty_transformer, of_any_depth, parameters_of
-from flexvar.counting import encoding_memory as encoding_memory  # for flexvar.memory
 from flexvar.rates import Rates
 from flexvar.schedule import Schedule, ScheduleLike
 from flexvar.tokenizer import TokenizerConfig

@@ -15,7 +15,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from flexvar.accounting import encoding_memory, plan
+from flexvar.accounting import plan
+from flexvar.counting import encoding_memory
 from flexvar.processes import kept_memory
 from flexvar.schedule import Schedule, Size
 from flexvar.tokenizer import TokenizerConfig
@@ -45,13 +46,22 @@ class Drawing(ContextDecorator):
     guided: bool
     dtype: torch.dtype
     device: torch.device
+    int8: bool = False  # the blocks' weights
     encoded: Size | None = None  # grid (h, w) of given pictures
     given: int | None = None  # how many of these; None: one for each that is drawn
 
     def fits(self, free: int) -> bool:
         """Whether so many bytes are enough, beside the weights."""
         try:
-            cost = plan(self.transformer, self.tokenizer, self.schedule, batch=self.batch, guided=self.guided, dtype=self.dtype)
+            cost = plan(
+                self.transformer,
+                self.tokenizer,
+                self.schedule,
+                batch=self.batch,
+                guided=self.guided,
+                dtype=self.dtype,
+                int8=self.int8,
+            )
             given = min(self.batch, self.given or self.batch)
             encoding = encoding_memory(self.tokenizer, self.encoded, given, self.dtype) if self.encoded else 0
         except ValueError:  # past counting

@@ -342,7 +342,8 @@ class FlexVARPipeline:
         """What is about to be drawn, so that running out of memory is told with the size that fits."""
         transformer = self.transformer.config
         guided = any(factor != 1 for factor in guidance.weights(schedule, transformer.trained_grid))
-        drawing = Drawing(transformer, self.tokenizer.config, schedule, batch, guided, self.dtype, self.device)
+        int8 = "int8" in self.made_faster
+        drawing = Drawing(transformer, self.tokenizer.config, schedule, batch, guided, self.dtype, self.device, int8)
         if edit is None or not edit.kept(schedule):
             return drawing
         return replace(drawing, encoded=edit.native, given=1 if len(edit) == 1 else None)
