@@ -38,7 +38,8 @@ def pipe(small_tokenizer: Tokenizer, small_transformer: Transformer) -> FlexVARP
 
 
 def needs(drawing: Drawing) -> int:
-    cost = plan(drawing.transformer, drawing.tokenizer, drawing.schedule, batch=drawing.batch, guided=drawing.guided, dtype=drawing.dtype)
+    how = {"batch": drawing.batch, "guided": drawing.guided, "dtype": drawing.dtype, "int8": drawing.int8}
+    cost = plan(drawing.transformer, drawing.tokenizer, drawing.schedule, **how)
     return cost.memory.peak - cost.memory.weights
 
 
@@ -162,14 +163,14 @@ def test_memory_that_the_c_library_keeps_is_free() -> None:
     assert last.item() == 1
 
 
-def test_8_bit_weights_are_planned_as_such(pipe: FlexVARPipeline) -> None:
-    networks, schedule = (pipe.transformer.config, pipe.tokenizer.config), Schedule.of([4] * 12)  # so that decoding takes less
-    plain, rounded = (plan(*networks, schedule, int8=int8).memory.working for int8 in (False, True))
-    assert rounded > plain  # its sums take more than what they replace, in float32
-    assert pipe._drawing(schedule, 1, pipe.defaults.guidance).fits(plain)
-    drawing = pipe.to_int8()._drawing(schedule, 1, pipe.defaults.guidance)
-    assert drawing.fits(rounded)
-    assert not drawing.fits(rounded - 1)
+def test_8_bit_weights_are_planned_as_such(drawing: Drawing, pipe: FlexVARPipeline) -> None:
+    drawing = replace(drawing, transformer=replace(drawing.transformer, width=256, codebook_size=8), schedule=Schedule.of([1, 2, 4]))
+    plain, rounded = (needs(replace(drawing, int8=int8)) for int8 in (False, True))
+    assert rounded > plain  # in float32 the sums take more than what they replace
+    assert not replace(drawing, int8=True).fits(plain)
+    own = FlexVARPipeline(replace(pipe.model, transformer=copy.deepcopy(pipe.transformer)))
+    assert not own._drawing(drawing.schedule, 1, pipe.defaults.guidance).int8
+    assert own.to_int8()._drawing(drawing.schedule, 1, pipe.defaults.guidance).int8
 
 
 def test_a_cpu_refuses_what_cannot_fit_before_it_tries(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
