@@ -285,6 +285,7 @@ def test_a_recorded_batch_is_drawn_again_although_it_fills_the_memory(pipe: Flex
     assert [key[3] for key in draw.recordings] == [5, 1]
 
 
+@pytest.mark.slow
 def test_models_of_several_widths_are_all_compiled(networks: tuple[Tokenizer, Transformer], monkeypatch: pytest.MonkeyPatch) -> None:
     """The third one as often as the first, by a backend that leaves everything as it is. Dynamo's limit stays what it was outside."""
     graphs: list[torch.fx.GraphModule] = []
