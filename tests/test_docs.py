@@ -82,4 +82,5 @@ def test_training_your_own_goes_from_pictures_to_samples(tmp_path: Path, monkeyp
         shortened += ["views=1"] if command[0] == "cache" else []
         assert main([*command, *shortened]) == 0, command
     assert (tmp_path / "out" / "own" / "grid.png").is_file()
-    assert list((tmp_path / "runs" / "own-transformer" / "sheets").glob("*.png"))
+    for run in ("own-tokenizer", "own-coarse", "own-transformer"):
+        assert list((tmp_path / "runs" / run / "sheets").glob("*.png"))
