@@ -22,6 +22,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whichever test does it
 
 
+@pytest.fixture
+def avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor for which `compile()` lays weights out, whichever this one is."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Mapping[str, np.ndarray]:
     return dict(np.load(weights.FOLDER / "golden.npz"))

@@ -73,6 +73,7 @@ def logits_of(networks: tuple[Tokenizer, Transformer]) -> Tensor:
     return torch.cat(seen, 1)
 
 
+@pytest.mark.usefixtures("avx512")
 def test_packed_layers_say_the_same_logits(networks: tuple[Tokenizer, Transformer]) -> None:
     plain = logits_of(networks)
     compiled(*networks)
@@ -82,19 +83,27 @@ def test_packed_layers_say_the_same_logits(networks: tuple[Tokenizer, Transforme
     assert not torch.equal(packed, plain)  # by other kernels
 
 
+@pytest.mark.usefixtures("avx512")
 def test_the_pipeline_draws_the_same_pictures(pipe: FlexVARPipeline) -> None:
     before = pipe(list("abc"), seed=3, output_type="pt")
     after = pipe.compile().compile()(list("abc"), seed=3, output_type="pt")
     assert torch.allclose(before.images, after.images, atol=1e-4)
 
 
-def test_8_bits_and_compiled_go_together_in_this_order_only(pipe: FlexVARPipeline) -> None:
+def test_8_bits_go_together_with_compiled(pipe: FlexVARPipeline) -> None:
     before = pipe.to_int8()("a", seed=3, output_type="pt")
     assert torch.allclose(pipe.compile()("a", seed=3, output_type="pt").images, before.images, atol=1e-6)
-    with pytest.raises(ValueError, match=r"made faster \(compiled, of 8-bit weights\) stays where it is"):
+    with pytest.raises(ValueError, match=r"made faster \(of 8-bit weights\) stays where it is"):
         pipe.to_int8()
 
 
+def test_a_model_that_compiling_does_not_change_stays_free(pipe: FlexVARPipeline, tmp_path: Path) -> None:
+    before = pipe.to(dtype=torch.bfloat16)("a", seed=3, output_type="pt")
+    assert torch.equal(pipe.compile()("a", seed=3, output_type="pt").images, before.images)
+    pipe.to("cpu").save_pretrained(tmp_path)
+
+
+@pytest.mark.usefixtures("avx512")
 @pytest.mark.parametrize("another", [False, True])
 def test_what_a_compiled_model_cannot_do_is_told(pipe: FlexVARPipeline, tmp_path: Path, another: bool) -> None:
     """Whether by the pipeline that compiled it or by another one of the same model."""
@@ -106,6 +115,7 @@ def test_what_a_compiled_model_cannot_do_is_told(pipe: FlexVARPipeline, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("avx512")
 def test_two_pipelines_of_a_model_are_compiled(pipe: FlexVARPipeline) -> None:
     before = pipe("a", seed=3, output_type="pt").images
     for either in (pipe, FlexVARPipeline(pipe.model)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from flexvar import FlexVARPipeline, Tokenizer, Transformer, TransformerConfig, linear
 from flexvar.checkpoint import Defaults, Model, save
 from flexvar.cli import main
-from flexvar.linear import Int8Linear, PackedLinear, can_pack, integer_product, to_int8
+from flexvar.linear import Int8Linear, IntegerProduct, PackedLinear, by_floats, by_integers, can_pack, integer_product, to_int8
 
 CLASSES = tuple("abcde")
 
@@ -74,30 +75,37 @@ def test_they_take_bfloat16_and_give_it_back() -> None:
     assert torch.allclose(product.float(), layer(x.float()), atol=0.05)
 
 
-def test_sums_are_exact() -> None:
+@pytest.mark.parametrize("multiply", [by_integers, by_floats])
+@pytest.mark.parametrize("columns", [8, 1024, 4104])
+def test_sums_are_exact(multiply: IntegerProduct, columns: int) -> None:
     torch.manual_seed(0)
-    rows, weight = (torch.randint(-127, 128, (n, 4096), dtype=torch.int8) for n in (3, 16))
-    assert torch.equal(integer_product(rows, weight), (rows.long() @ weight.long().T).int())
+    rows, weight = (torch.randint(-127, 128, (n, columns), dtype=torch.int8) for n in (3, 16))
+    rows[0], weight[:8] = 127, -127  # the largest sums that there are
+    assert torch.equal(multiply(rows, weight), (rows.long() @ weight.long().T).int())
 
 
-def test_the_products_that_are_tried_are_those_of_the_layers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
-    monkeypatch.setattr(linear, "integer_product", lambda rows, weight: (shapes.append(weight.shape), rows.int() @ weight.int().T)[1])
-    to_int8(model.transformer)
-    assert {tuple(shape) for shape in shapes} == {(96, 32), (32, 32), (128, 32), (32, 128)}
+def _slow(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.05)
+    return by_floats(rows, weight)
+
+
+@pytest.mark.parametrize("integers", [_slow, lambda rows, weight: by_floats(rows, weight) + 1], ids=["slow", "overflowing"])
+def test_a_processor_that_is_bad_at_integers_multiplies_floats(integers: IntegerProduct, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "by_integers", integers)
+    assert integer_product.__wrapped__(16, 8, "cpu") is by_floats
+    assert integer_product.__wrapped__(16, 8, "cuda") is integers
+
+
+def test_a_processor_that_is_good_at_integers_multiplies_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "by_floats", _slow)
+    monkeypatch.setattr(linear, "by_integers", by_floats)
+    assert integer_product.__wrapped__(16, 8, "cpu") is by_floats  # what stands for the fast product of integers
 
 
 def test_sides_that_cuda_does_not_take_are_told() -> None:
     config = TransformerConfig(depth=1, width=20, heads=2, classes=2, codebook_size=8, code_width=4, trained_grid=2)
     with pytest.raises(ValueError, match="need sides that are multiples of 8, and one is 60 x 20; draw without them"):
         to_int8(Transformer(config))
-
-
-def test_a_processor_whose_sums_overflow_is_told(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "integer_product", lambda rows, weight: rows.int() @ weight.int().T + 1)
-    with pytest.raises(ValueError, match="adds 8-bit products up in 16 bits, where they overflow; draw in float32"):
-        to_int8(model.transformer)
-    assert isinstance(model.transformer.layers[0].mlp.rise, torch.nn.Linear)
 
 
 def test_other_devices_are_told(model: Model) -> None:
@@ -121,12 +129,18 @@ def test_a_packed_layer_gives_the_same(gelu: bool) -> None:
     assert torch.allclose(PackedLinear(layer.weight, layer.bias, gelu=gelu)(x), expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("avx512")
 def test_only_plain_float32_blocks_on_a_cpu_can_be_packed(model: Model) -> None:
     transformer = model.transformer
     assert can_pack(transformer)
     assert not can_pack(copy.deepcopy(transformer).bfloat16())
     to_int8(transformer)
     assert not can_pack(transformer)
+
+
+def test_a_processor_without_avx512_keeps_its_layers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not can_pack(model.transformer)
 
 
 def test_the_command_draws_with_them(model: Model, tmp_path: Path, capsys) -> None:

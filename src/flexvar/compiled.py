@@ -1,6 +1,6 @@
 """Faster ways to run the loop over scales, chosen by `pipe.compile()`: the same pictures up to rounding.
 
-CPU, float32: the blocks' weights are laid out for oneDNN, and the C library keeps the memory of one picture for the next.
+CPU: the C library keeps the memory of one picture for the next; in float32, with AVX-512, the blocks' weights are laid out for oneDNN.
 CUDA: each half of a block and the decoder become few kernels (torch.compile), codes are chosen by one Triton kernel, and all scales with
 the decoding are recorded once as a CUDA graph: nothing is launched or waited for between scales.
 """
@@ -50,8 +50,8 @@ Record: TypeAlias = Callable[[Work], tuple[list[Tensor], Callable[[], None]]]
 def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     """Prepares both networks for the device that they are on, for good; gives the way to draw with them. On MPS nothing changes.
 
-    Another pipeline may have prepared them before. On a CPU this sets the C library of the whole process (`keep_memory`). Raises
-    ModuleNotFoundError on CUDA without Triton.
+    A transformer that is changed can be neither moved nor saved any more (`Transformer.made_faster`). Another pipeline may have prepared it
+    before. On a CPU this sets the C library of the whole process (`keep_memory`). Raises ModuleNotFoundError on CUDA without Triton.
     """
     device = transformer.head.weight.device.type
     draw: Draw = draw_scales
@@ -59,6 +59,7 @@ def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
         keep_memory()
         if can_pack(transformer):
             pack(transformer)
+            transformer.made_faster |= {"compiled"}
     elif device == "cuda":
         if find_spec("triton") is None:
             raise ModuleNotFoundError("compiling for CUDA needs Triton, which torch brings along on Linux; install it, or draw without")
@@ -68,7 +69,7 @@ def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
             fuse(transformer)
         tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         draw = Recorded(cuda_graph, choose, torch.compile(tokenizer.decode))
-    transformer.made_faster |= {"compiled"}
+        transformer.made_faster |= {"compiled"}
     return draw
 
 

@@ -1,13 +1,17 @@
 """Two faster linear layers for transformers that only draw: weights of 8 bits, and weights laid out as a CPU's kernels read them.
 
 8 bits, on CPUs and CUDA: each row of a weight is rounded by its own largest value, and so is each token of what it multiplies; sums are
-exact integers. So a picture depends on its own tokens alone, whatever else is in the batch. The price stands in docs/speed.md.
+exact integers, whichever way a processor gets them. So a picture depends on its own tokens alone, whatever else is in the batch. The price
+stands in docs/speed.md.
 Packed, on CPUs in float32: the same numbers up to rounding, by oneDNN's kernels, which also apply the GELU.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import cache, partial
+from timeit import repeat
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +23,12 @@ LARGEST = 127
 SMALLEST = 1e-12  # so that a row of zeros stays one
 FEWEST_CUDA_ROWS = 32  # CUDA's product of integers takes no fewer than 17
 CUDA_MULTIPLE = 8  # of both sides of a weight, for the same product
+EXACT_COLUMNS = 1024  # so many products of two numbers of up to LARGEST add up to less than 2**24: float32 holds each such sum exactly
+ROWS_TRIED = 32  # on a CPU, by either way
 PACKED_FOR_ROWS = 512  # a hint; 8 and 64 gave the same speed at every number of rows
+
+IntegerProduct: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Rows (R, n) times the rows of a weight (out, n), all int8: exact sums (R, out), int32."""
 
 
 class MakeLinear(Protocol):
@@ -78,11 +87,12 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", rounded)
         self.register_buffer("scales", scales[:, 0])
         self.register_buffer("bias", bias.detach().float())
+        self.multiply = integer_product(*rounded.shape, rounded.device.type)
         self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
         rows, scales = to_8_bits(x.flatten(0, -2).float())  # (R, in), (R, 1)
-        sums = integer_product(rows, self.weight)  # (R, out)
+        sums = self.multiply(rows, self.weight)  # (R, out)
         product = torch.addcmul(self.bias, sums * scales, self.scales).to(x.dtype).unflatten(0, x.shape[:-1])
         return F.gelu(product, approximate="tanh") if self.gelu else product  # (..., out)
 
@@ -94,30 +104,50 @@ def to_8_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scales).round_().to(torch.int8), scales
 
 
-def integer_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows (R, n) times the rows of a weight (out, n), all int8: exact sums (R, out), int32."""
+@cache
+def integer_product(out: int, columns: int, device_type: str) -> IntegerProduct:
+    """The way to multiply by a weight (out, columns): `by_integers`, but `by_floats` on a CPU where that is faster, or alone exact.
+
+    A processor without instructions for it takes ten times as long for a product of integers as for one of floats; one that adds two
+    products up in 16 bits gets it wrong.
+    """
+    if device_type != "cpu":
+        return by_integers
+    rows, weight = (torch.full((count, columns), LARGEST, dtype=torch.int8) for count in (ROWS_TRIED, out))
+    if not torch.equal(by_integers(rows, -weight), by_floats(rows, -weight)):
+        return by_floats
+    return min(by_integers, by_floats, key=lambda way: min(repeat(partial(way, rows, weight), number=1, repeat=3)))
+
+
+def by_integers(rows: Tensor, weight: Tensor) -> Tensor:
+    """An IntegerProduct: torch's own."""
     missing = max(0, FEWEST_CUDA_ROWS - len(rows)) if rows.is_cuda else 0
     return torch._int_mm(F.pad(rows, (0, 0, 0, missing)), weight.T)[: len(rows)]
+
+
+def by_floats(rows: Tensor, weight: Tensor) -> Tensor:
+    """An IntegerProduct: in float32, of so few columns at a time that nothing is rounded."""
+    sums = torch.zeros(len(rows), len(weight), dtype=torch.int32, device=rows.device)
+    for some, their in zip(rows.split(EXACT_COLUMNS, 1), weight.split(EXACT_COLUMNS, 1), strict=True):
+        sums += F.linear(some.float(), their.float()).to(torch.int32)
+    return sums
 
 
 def to_int8(transformer: Transformer) -> None:
     """Gives all blocks 8-bit weights, in place and for good.
 
-    Raises ValueError for a transformer made faster already, on other devices than CPU and CUDA, for weights with a side that is no multiple
-    of 8, and on a processor whose 8-bit products are not exact.
+    Raises ValueError for a transformer made faster already, on other devices than CPU and CUDA, and for weights with a side that is no
+    multiple of 8.
     """
     transformer.refuse_made_faster()
     device = transformer.head.weight.device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"8-bit weights run on CPUs and CUDA, and this transformer is on {device}; move it, or draw without them")
     first = transformer.layers[0]
-    for layer in (first.attention.qkv, first.attention.out, first.mlp.rise, first.mlp.fall):  # another shape may take another kernel
+    for layer in (first.attention.qkv, first.attention.out, first.mlp.rise, first.mlp.fall):
         if any(side % CUDA_MULTIPLE for side in layer.weight.shape):
             sides = " x ".join(map(str, layer.weight.shape))
             raise ValueError(f"8-bit weights need sides that are multiples of {CUDA_MULTIPLE}, and one is {sides}; draw without them")
-        most = torch.full_like(layer.weight, LARGEST, dtype=torch.int8)  # (out, in)
-        if not (integer_product(most[:FEWEST_CUDA_ROWS], -most) == -most.shape[1] * LARGEST**2).all():
-            raise ValueError("this processor adds 8-bit products up in 16 bits, where they overflow; draw in float32")
     exchange_layers(transformer, Int8Linear)
     transformer.made_faster |= {"int8"}
 
@@ -140,10 +170,15 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(transformer: Transformer) -> bool:
-    """Whether the blocks are plain float32 ones on a CPU, and torch was built with oneDNN's layers."""
+    """Whether the blocks are plain float32 ones on a CPU whose products oneDNN speeds up.
+
+    That is one with AVX-512: without, oneDNN's products of more than some 340 rows are slower than those of `F.linear`
+    (benchmarks/RESULTS.md, machine C).
+    """
     weight, first = transformer.head.weight, transformer.layers[0]
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not isinstance(first.attention, FastAttention)
     built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not isinstance(first.attention, FastAttention) and built
+    return plain and built and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def pack(transformer: Transformer) -> None:
