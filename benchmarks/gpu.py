@@ -39,6 +39,7 @@ from flexvar.compiled import Recorded, compiled
 from flexvar.generation import Draw, draw_scales
 from flexvar.linear import to_int8
 from flexvar.measuring import medians, time_drawing
+from flexvar.processes import forbid_tf32
 from flexvar.rates import device_name
 from flexvar.sampling import Sampling, choose
 
@@ -280,7 +281,7 @@ def off_by(ours: Tensor, theirs: Tensor) -> str:
 
 def correct(bench: Bench, words: Namespace) -> None:
     """Of the bundled model, and of random weights in the full size, by the released settings."""
-    torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32
+    forbid_tf32()
     depth, full = words.depths[0], Schedule.for_size(words.size, words.size, words.steps, TOKENIZER.downsample)
     emoji = partial(code_rows, partial(bundled_networks, bench.device), bundled_schedule())
     large = partial(code_rows, partial(random_networks, depth, bench.device), full)

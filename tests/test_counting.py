@@ -43,7 +43,7 @@ def test_attention_without_scores_has_its_result_alone() -> None:
 def test_networks_that_stand_for_others_stay_as_they_are(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
     config, schedule = small_transformer.config, Schedule.square([1, 2, 4])
     before = empty_transformer(config, 2, torch.float32)
-    drawing_memory(config, small_tokenizer.config, schedule, 1, True, torch.float32, False)
+    drawing_memory(config, small_tokenizer.config, schedule, 1, True, False, torch.float32, False)
     assert empty_transformer(config, 2, torch.float32) is before
     assert before.new_cache(2, schedule).nbytes == small_transformer.new_cache(2, schedule).nbytes
     assert before.new_cache(2, schedule).filled == 0
@@ -52,5 +52,5 @@ def test_networks_that_stand_for_others_stay_as_they_are(small_tokenizer: Tokeni
 
 def test_sizes_that_take_no_time_to_count(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
     """Codes are chosen a part at a time, which would be a million parts here."""
-    given = small_transformer.config, small_tokenizer.config, Schedule.square([1, 20000]), 1, True, torch.float32, False
+    given = small_transformer.config, small_tokenizer.config, Schedule.square([1, 20000]), 1, True, False, torch.float32, False
     assert drawing_memory(*given) > 2 * 20000**2 * 48

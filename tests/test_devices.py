@@ -68,6 +68,17 @@ def error(ours: Tensor, theirs: Tensor | np.ndarray) -> float:
 
 
 @on_every_device
+def test_what_a_training_measures_is_the_same(pipe: FlexVARPipeline, expected: list[Tensor], device: str) -> None:
+    """Several pictures at once, all scales given, without gradients."""
+    logits = []
+    for one in (pipe, moved(pipe, device, torch.float32)):
+        inputs = one.tokenizer.inputs([codes.to(one.device) for codes in expected], SCHEDULE)
+        with torch.no_grad():
+            logits.append(one.transformer(torch.tensor(LABELS, device=one.device), inputs, SCHEDULE))
+    assert error(*logits) < 1e-4
+
+
+@on_every_device
 @in_every_precision
 def test_round_trip_of_the_tokenizer(device: str, dtype: torch.dtype, pipe: FlexVARPipeline) -> None:
     there = moved(pipe, device, dtype)

@@ -489,6 +489,13 @@ def test_what_was_interrupted_does_not_let_another_file_be_overwritten(
 # -- sweeps --
 
 
+def test_a_sweep_that_could_not_be_plotted_does_not_begin(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("flexvar.evaluation.sweep.find_spec", lambda name: None)
+    assert main(["evaluate", "sweep", str(model), "--reference", str(tmp_path), "--out", str(tmp_path / "sweep")]) == 2
+    assert "the plot needs matplotlib; install it with `pip install 'flexvar[plots]'`" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_sweep_scores_the_grid_and_goes_on(model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     words = ["evaluate", "sweep", str(model), "--reference", str(folder), "--extractor", "classifier", "--per-class", "4"]
     words += ["--steps", "2", "4", "--guidance-scale", "1", "3", "--out", str(tmp_path / "sweep")]

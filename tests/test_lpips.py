@@ -187,9 +187,9 @@ def test_loading_draws_no_random_numbers(folder: Path) -> None:
 
 
 def test_files_that_are_missing_or_damaged(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file .*fetch torchvision's vgg16-397923af.pth, or set perceptual.weight=0"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*fetch torchvision's vgg16-397923af.pth, or do without LPIPS"):
         load_lpips(tmp_path / "none.pth", folder / "linear.pth")
-    with pytest.raises(FileNotFoundError, match=r"fetch lpips' weights/v0.1/vgg.pth \(7 kB, inside the lpips package\), or set perceptual"):
+    with pytest.raises(FileNotFoundError, match=r"fetch lpips' weights/v0.1/vgg.pth \(7 kB, inside the lpips package\), or do without"):
         load_lpips(folder / "vgg16.pth", tmp_path / "none.safetensors")
     for name in ("broken.pth", "broken.safetensors"):
         (tmp_path / name).write_bytes((folder / "linear.pth").read_bytes()[:1000])

@@ -38,7 +38,7 @@ def pipe(small_tokenizer: Tokenizer, small_transformer: Transformer) -> FlexVARP
 
 
 def needs(drawing: Drawing) -> int:
-    how = {"batch": drawing.batch, "guided": drawing.guided, "dtype": drawing.dtype, "int8": drawing.int8}
+    how = {"batch": drawing.batch, "guided": drawing.guided, "split": drawing.split, "dtype": drawing.dtype, "int8": drawing.int8}
     cost = plan(drawing.transformer, drawing.tokenizer, drawing.schedule, **how)
     return cost.memory.peak - cost.memory.weights
 
@@ -171,6 +171,13 @@ def test_8_bit_weights_are_planned_as_such(drawing: Drawing, pipe: FlexVARPipeli
     own = FlexVARPipeline(replace(pipe.model, transformer=copy.deepcopy(pipe.transformer)))
     assert not own._drawing(drawing.schedule, 1, pipe.defaults.guidance).int8
     assert own.to_int8()._drawing(drawing.schedule, 1, pipe.defaults.guidance).int8
+
+
+def test_one_half_after_the_other_is_planned_as_such(drawing: Drawing, pipe: FlexVARPipeline) -> None:
+    drawing = replace(drawing, transformer=replace(drawing.transformer, width=256))
+    assert needs(replace(drawing, split=True)) < needs(drawing)
+    asked = replace(pipe.defaults.guidance, split=True)
+    assert pipe._drawing(drawing.schedule, 1, asked).split
 
 
 def test_a_cpu_refuses_what_cannot_fit_before_it_tries(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

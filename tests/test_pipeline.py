@@ -7,6 +7,7 @@ import inspect
 import pydoc
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -221,6 +222,12 @@ def test_hub(pipe: FlexVARPipeline, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.upload_folder", upload)
     pipe.push_to_hub("me/mine")
     assert uploaded == {"me/mine": ["config.json", "tokenizer.safetensors", "transformer.safetensors"]}
+    made = []
+    monkeypatch.setattr("huggingface_hub.create_repo", lambda name, **_: made.append(name))
+    monkeypatch.setattr(pipe, "save_pretrained", mock.Mock(side_effect=ValueError("cannot be saved")))
+    with pytest.raises(ValueError, match="cannot be saved"):
+        pipe.push_to_hub("me/mine")
+    assert not made
 
 
 @pytest.mark.parametrize(

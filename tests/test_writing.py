@@ -106,6 +106,14 @@ def test_a_folder_is_replaced_as_a_whole_or_left_as_it_was(tmp_path: Path) -> No
     assert (os.listdir(folder), os.listdir(folder.parent)) == (["new"], ["folder"])
 
 
+def test_a_folder_comes_back_where_its_place_cannot_be_taken(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        write_whole_folder(tmp_path / "folder", lambda beside: None)  # nothing is there to be put in its place
+    assert (os.listdir(tmp_path / "folder"), os.listdir(tmp_path)) == (["old"], ["folder"])
+
+
 def test_a_folder_in_which_someone_is_is_not_replaced(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path / "folder")

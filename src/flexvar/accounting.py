@@ -226,12 +226,14 @@ def plan(
     *,
     batch: int = 1,
     guided: bool = True,
+    split: bool = False,
     dtype: torch.dtype = torch.float32,
     int8: bool = False,
 ) -> Plan:
     """What drawing a batch of pictures costs; only the last scale is decoded. Nothing is allocated.
 
-    dtype: of all but the blocks' weights where these have 8 bits (`int8`).
+    split: with and without the class one after the other (`Guidance.split`). dtype: of all but the blocks' weights where these have 8
+    bits (`int8`).
     Raises ValueError for a batch below 1, and for pictures so large that their bytes cannot be counted in 63 bits.
     """
     if batch < 1:
@@ -246,7 +248,7 @@ def plan(
             transformer_weights=of_any_depth(bytes_of, transformer, dtype, int8),
             tokenizer_weights=bytes_of(painter),
             cache=cache,
-            drawing=drawing_memory(transformer, tokenizer, schedule, batch, guided, dtype, int8) - cache,
+            drawing=drawing_memory(transformer, tokenizer, schedule, batch, guided, split, dtype, int8) - cache,
             decoding=decoding.memory,
         )
     except (RuntimeError, TypeError) as error:  # tensors without data fail at nothing but their size

@@ -74,6 +74,16 @@ def whole_number(value: Any, what: str) -> int:
         raise ValueError(f"{what} is {value!r}; give an integer") from error
 
 
+def number(value: Any, what: str) -> float:
+    """A number of any kind as Python's own; ValueError naming it for anything else, a class in its place too."""
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} is {value!r}; give a number (a class is given as class_labels=...)") from error
+
+
 def takes(settings: type) -> Callable[[F], F]:
     """For a method with `**settings: Unpack[...]` of this TypedDict: `help` shows its keywords one by one, and others are refused."""
 

@@ -91,7 +91,14 @@ def count_decoding(config: TokenizerConfig, size: Size, batch: int, dtype: torch
 
 @functools.lru_cache(maxsize=64)
 def drawing_memory(
-    config: TransformerConfig, tokenizer: TokenizerConfig, schedule: Schedule, batch: int, guided: bool, dtype: torch.dtype, int8: bool
+    config: TransformerConfig,
+    tokenizer: TokenizerConfig,
+    schedule: Schedule,
+    batch: int,
+    guided: bool,
+    split: bool,
+    dtype: torch.dtype,
+    int8: bool,
 ) -> int:
     """The most bytes that exist at the same time, beside the weights, while codes are drawn; the cache is among them.
 
@@ -119,7 +126,7 @@ def drawing_memory(
 
     painter = copy.copy(empty_tokenizer(tokenizer, dtype))
     painter.lift, transformer.new_cache = lift, filled  # type: ignore[method-assign, assignment]
-    guidance = Guidance("constant", 2.0 if guided else 1.0)
+    guidance = Guidance("constant", 2.0 if guided else 1.0, split=split)
     labels, numbers = torch.empty(batch, dtype=torch.int64, device="meta"), torch.empty(batch, last.tokens, device="meta")
     request = Request(labels, last, guidance, Sampling(greedy="none"), None, numbers)
     with WithoutScores(), LiveBytes() as live:

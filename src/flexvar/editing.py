@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexvar.arguments import both_sides, whole_number
+from flexvar.arguments import both_sides, number, whole_number
 from flexvar.data.given import GivenPictures, mask_of, over_white, pictures_of
 from flexvar.generation import Keep
 from flexvar.position import area_averaged
@@ -120,7 +120,7 @@ def refine(
     f px; the picture's own by default, otherwise its composition is stretched to them. One alone keeps the picture's proportions.
     Raises ValueError for a strength that is not from 0 to 1, and for impossible sizes.
     """
-    if not 0 <= strength <= 1:
+    if not 0 <= number(strength, "strength") <= 1:
         raise ValueError(f"strength is {strength!r}; give a number from 0 (all scales kept) to 1 (none)")
     pictures = over_white(pictures_of(image))
     size = (pictures.shape[-2], pictures.shape[-1])
@@ -149,7 +149,7 @@ def upscale(
         height, width = both_sides(height, width, own)
         factor_y, factor_x = height / own[0], width / own[1]
     else:
-        factor_y = factor_x = factor
+        factor_y = factor_x = number(factor, "factor")
     if not (1 <= factor_y < math.inf and 1 <= factor_x < math.inf):
         raise ValueError(f"{own[0]} x {own[1]} px would become smaller; give a factor of at least 1, or larger sides")
     small = _reduced(pictures, most_pixels)
@@ -281,7 +281,7 @@ def _masked(
     """The edit that draws what is white. corner: pixels added above and to the left, so that a picture's codes lie on the grid."""
     if not (white > 0).flatten(1).any(1).all():
         raise ValueError("there is nothing to draw: the mask is black everywhere and the picture opaque; paint white what is to be drawn")
-    feather = f if feather is None else feather
+    feather = f if feather is None else whole_number(feather, "feather")
     if feather < 0:
         raise ValueError(f"feather is {feather}; give 0 or a number of pixels")
     size = (pictures.shape[-2], pictures.shape[-1])

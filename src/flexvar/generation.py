@@ -145,13 +145,18 @@ def draw_scales(tokenizer: Tokenizer, transformer: Transformer, request: Request
 
     # A batch goes through the network at once: pictures with their class and the same ones without it, together or one after the other.
     unlabelled = torch.full_like(labels, transformer.config.null_class)
-    batches = [labels] if not guided else [labels, unlabelled] if request.guidance.split else [torch.cat((labels, unlabelled))]
+    if not guided:
+        batches = [labels]
+    elif request.guidance.split:
+        batches = [labels, unlabelled]
+    else:
+        batches = [torch.cat((labels, unlabelled))]
     conditions = [transformer.condition(batch) for batch in batches]
     caches = [transformer.new_cache(len(batch), schedule) for batch in batches]
 
     codes = torch.empty(0)
     for k, (size, at) in enumerate(zip(schedule, schedule.slices, strict=True)):
-        if k == guided > 0:  # from here on nothing is drawn without the class
+        if guided and k == guided:  # from here on nothing is drawn without the class
             conditions, caches = [conditions[0].only(len(labels))], [caches[0].only(len(labels))]
         if k == 0:
             embedded = [transformer.begin(condition, size) for condition in conditions]

@@ -47,6 +47,7 @@ class Drawing(ContextDecorator):
     dtype: torch.dtype
     device: torch.device
     int8: bool = False  # the blocks' weights
+    split: bool = False  # guided one half after the other
     encoded: Size | None = None  # grid (h, w) of given pictures
     given: int | None = None  # how many of these; None: one for each that is drawn
 
@@ -59,6 +60,7 @@ class Drawing(ContextDecorator):
                 self.schedule,
                 batch=self.batch,
                 guided=self.guided,
+                split=self.split,
                 dtype=self.dtype,
                 int8=self.int8,
             )

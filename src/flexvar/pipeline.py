@@ -116,9 +116,9 @@ class FlexVARPipeline:
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Uploads the model folder to the Hub under `repository`; gives its address."""
-        huggingface_hub.create_repo(repository, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            huggingface_hub.create_repo(repository, private=private, exist_ok=True)
             return str(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder))
 
     def to(
@@ -280,9 +280,9 @@ class FlexVARPipeline:
         return self._edited("outpaint", image, class_labels, settings)
 
     def _edited(self, operation: str, image: GivenPictures, class_labels: Labels, settings: Mapping[str, Any], **own: Any) -> FlexVAROutput:
-        edits = editing.keywords(operation)
-        own |= {name: value for name, value in settings.items() if name in edits and value is not None}
-        return self(class_labels, edit=self.edit_of(operation, image, **own), **{n: v for n, v in settings.items() if n not in edits})
+        given = {name: value for name, value in settings.items() if value is not None}
+        own |= {name: given.pop(name) for name in editing.keywords(operation) if name in given}
+        return self(class_labels, edit=self.edit_of(operation, image, **own), **given)
 
     def edit_of(self, operation: str, image: GivenPictures, *, max_pixels: int | None = None, **own: Any) -> Edit:
         """The edit that `stream` and the call take: "refine", "upscale", "inpaint" or "outpaint", with that method's own keywords.
@@ -343,7 +343,7 @@ class FlexVARPipeline:
         transformer = self.transformer.config
         guided = any(factor != 1 for factor in guidance.weights(schedule, transformer.trained_grid))
         int8 = "int8" in self.made_faster
-        drawing = Drawing(transformer, self.tokenizer.config, schedule, batch, guided, self.dtype, self.device, int8)
+        drawing = Drawing(transformer, self.tokenizer.config, schedule, batch, guided, self.dtype, self.device, int8, guidance.split)
         if edit is None or not edit.kept(schedule):
             return drawing
         return replace(drawing, encoded=edit.native, given=1 if len(edit) == 1 else None)

@@ -16,8 +16,8 @@ def initial_table(width: int, side: int) -> Tensor:
 
     So each channel sees only one axis (released code; paper, section 3.2).
     """
-    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)  # (D / 2)
-    angle = torch.arange(side, dtype=torch.float64)[None] * frequency[:, None]  # (D / 2, side)
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)  # (D / 2)
+    angle = torch.arange(side, dtype=torch.float32)[None] * frequency[:, None]  # (D / 2, side)
     table = torch.empty(width, side, side)
     table[0::2] = torch.sin(angle)[: (width + 1) // 2, :, None]
     table[1::2] = torch.cos(angle)[: width // 2, None, :]
@@ -47,9 +47,10 @@ def area_averaged(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def averaged_by_matrices(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """The same by a product of matrices on each axis."""
+    """The same by a product of matrices on each axis, in float32 also where autocast would round them."""
     rows, columns = (_shares(n, m).to(maps.device) for n, m in zip(maps.shape[-2:], size, strict=True))  # (h, H), (w, W)
-    return (rows @ maps.float() @ columns.T).to(maps.dtype)  # (..., C, h, w)
+    with torch.autocast(maps.device.type, enabled=False):
+        return (rows @ maps.float() @ columns.T).to(maps.dtype)  # (..., C, h, w)
 
 
 def _shares(cells: int, parts: int) -> Tensor:

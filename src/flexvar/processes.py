@@ -57,6 +57,11 @@ def processes(device: torch.device, patience: timedelta | None = None) -> Iterat
             gc.collect()  # a DistributedDataParallel holds the group, and itself
 
 
+def forbid_tf32() -> None:
+    """No TensorFloat-32, which torch allows convolutions by default: features and codes would be those of rounded pictures."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def keep_memory() -> None:
     """Makes the C library keep freed memory for the next step, where it is glibc, instead of giving it back to the system.
 

@@ -60,7 +60,8 @@ class Guidance:
             return (self.scale,) * len(sizes)
         if self.kind == "ramp":
             return tuple(1 + (self.scale - 1) * (i / last if last else 1) for i in range(len(sizes)))
-        return tuple(1 + self.scale * (i / min(last, 9) if last and h * w <= trained_grid**2 else 1) for i, (h, w) in enumerate(sizes))
+        shares = [i / min(last, 9) if last and h * w <= trained_grid**2 else 1.0 for i, (h, w) in enumerate(sizes)]
+        return tuple(1 + self.scale * share for share in shares)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class SelfAttention(nn.Module):
         q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
         k = F.normalize(k.float(), dim=-1).to(v.dtype)
         if q.device.type == "mps":  # where attention of few queries reads other layouts wrongly, in torch 2.11 (pytorch issue 181133)
-            q = q.contiguous()
+            return q.contiguous(), k.contiguous(), v.contiguous()
         return q, k, v
 
     def write(self, attended: Tensor) -> Tensor:

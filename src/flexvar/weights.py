@@ -17,7 +17,7 @@ def fill(
     rename: Callable[[str], str] = lambda name: name,
     reshape: Callable[[str, Shape], Shape] = lambda _, shape: shape,
 ) -> M:
-    """Puts float32 copies of the tensors into a module made on the meta device; returns it in evaluation mode.
+    """Puts the tensors, in float32, into a module made on the meta device; returns it in evaluation mode. Float32 ones are not copied.
 
     rename: our name of a tensor to its name among `tensors`. reshape: that name and our shape to the shape expected there (the same
     numbers, other axes of length 1). Raises ValueError naming what is missing, extra or misshapen; nothing is filled then.

@@ -53,6 +53,8 @@ def write_whole_folder(folder: Path, write: Callable[[Path], T]) -> T:
         beside.rename(folder)
         shutil.rmtree(before, ignore_errors=True)
     finally:
+        if before.exists() and not folder.exists():  # interrupted between the two
+            before.rename(folder)
         shutil.rmtree(beside, ignore_errors=True)
     return result
 

@@ -98,10 +98,10 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 
 
 def run_info(words: Words) -> None:
-    from flexvar.checkpoint import load
+    from flexvar.checkpoint import load_empty
     from flexvar.models import model_folder
 
-    model = load(model_folder(words.model))
+    model = load_empty(model_folder(words.model))
     for name, network in (("tokenizer", model.tokenizer), ("transformer", model.transformer)):
         if network is None:
             print(f"{name}: none yet")

@@ -141,12 +141,13 @@ def run_reference(words: Words) -> None:
 
 
 def run_sweep(words: Words) -> None:
-    from flexvar.evaluation.sweep import SWEPT, plot, sweep, table
+    from flexvar.evaluation.sweep import SWEPT, check_plotting, plot, sweep, table
     from flexvar.pipeline import FlexVARPipeline
     from flexvar.writing import check_writable, write_whole
 
     _refuse_processes()
     named = vars(words) | {"num_inference_steps": words.steps}
+    check_plotting()
     grid = {name: named[name] for name in SWEPT if named[name] is not None}
     if not any(words.out.glob("*.trial.json")):  # what stands there is not of an earlier sweep
         check_writable(words.out / "table.txt", words.out / "plot.png", overwrite=words.overwrite)
@@ -176,10 +177,11 @@ def run_sweep(words: Words) -> None:
 
 def run_tokenizer(words: Words) -> None:
     from flexvar.evaluation.tokenizers import evaluate_tokenizer, size_of
+    from flexvar.processes import forbid_tf32
     from flexvar.writing import check_writable
 
     _refuse_processes()
-    _exact()
+    forbid_tf32()
     check_writable(words.out, overwrite=words.overwrite)
     if (words.lpips_vgg is None) != (words.lpips_linear is None):
         raise ValueError("LPIPS needs two files; give both --lpips-vgg and --lpips-linear, or neither")
@@ -219,16 +221,10 @@ def _evaluate(pictures: PictureSet, words: Words, **kept: Path | None) -> None:
 def _extractor(words: Words) -> Extractor:
     """The extractor asked for, on its device."""
     from flexvar.evaluation.extractors import load_extractor
+    from flexvar.processes import forbid_tf32
 
-    _exact()
+    forbid_tf32()
     return load_extractor(words.extractor, words.weights).to(device_of(words.device))
-
-
-def _exact() -> None:
-    """No TensorFloat-32, which torch allows convolutions by default: features and codes would be those of rounded pictures."""
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def _refuse_processes() -> None:

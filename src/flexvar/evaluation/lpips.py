@@ -92,7 +92,7 @@ def load_lpips(vgg: Path | str, linear: Path | str) -> LPIPS:
 def _read(path: Path, source: str) -> dict[str, Tensor]:
     """The tensors of a file; what it is and where it comes from is said when it is missing."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; fetch {source}, or set perceptual.weight=0 to do without")
+        raise FileNotFoundError(f"there is no file {path}; fetch {source}, or do without LPIPS")
     if path.suffix != ".safetensors":
         return read_released(path)
     try:

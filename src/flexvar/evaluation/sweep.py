@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,20 @@ def table(trials: Sequence[Trial]) -> str:
     return "\n".join(lines)
 
 
+def check_plotting() -> None:
+    """ModuleNotFoundError, which says how to get it, without matplotlib: before long work rather than after it."""
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("the plot needs matplotlib; install it with `pip install 'flexvar[plots]'`")
+
+
 def plot(trials: Sequence[Trial], path: Path) -> None:
     """A picture of FID, with its interval, against seconds a picture: a line for each combination of the settings other than the steps.
 
-    Raises ModuleNotFoundError, which says how to get it, without matplotlib.
+    Raises ModuleNotFoundError as `check_plotting`.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the plot needs matplotlib; install it with `pip install flexvar[plots]`") from error
+    check_plotting()
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

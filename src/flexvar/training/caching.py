@@ -18,7 +18,7 @@ from flexvar.data import FixedViews, PictureSource
 from flexvar.data.features import CacheSettings, CacheWriter, FeatureCache
 from flexvar.data.images import count_of_unreadable
 from flexvar.models import model_folder
-from flexvar.processes import pick_device, processes
+from flexvar.processes import forbid_tf32, pick_device, processes
 from flexvar.progress import progress
 from flexvar.schedule import Size
 from flexvar.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ def cache_features(config: CacheRun, overwrite: bool = False) -> Path:
     Raises ValueError, FileNotFoundError or FileExistsError, in one line, where it cannot.
     """
     device = pick_device()
+    forbid_tf32()
     with processes(device, PATIENCE) as (rank, world):
         if not config.tokenizer:
             raise ValueError("tokenizer is empty; name the model folder of a trained tokenizer")
@@ -73,20 +74,20 @@ def cache_features(config: CacheRun, overwrite: bool = False) -> Path:
 def _write(writer: CacheWriter, shard: int, views: FixedViews, tokenizer: Tokenizer, batch: int, dtype: torch.dtype) -> None:
     """One shard: every size of every view of its pictures through the encoder."""
     indices, device = writer.pictures_of(shard), tokenizer.after_codes.weight.device
-    labels = np.empty(len(indices), np.int64)
+    labels = np.empty(0, np.int64)  # the same at every size
     maps: dict[Size, np.ndarray] = {}
     unreadable: set[str] = set()
     for size in writer.settings.sizes:
-        parts = []
+        parts, given = [], []
         loader = DataLoader(_Views(views, indices, size), batch_size=batch, collate_fn=_together, num_workers=spare_cores())
-        for pictures, given, names in loader:  # (B, views, 3, H, W) uint8, (B,)
+        for pictures, targets, names in loader:  # (B, views, 3, H, W) uint8, (B,)
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 images = pictures.flatten(0, 1).to(device) / 127.5 - 1
                 features = tokenizer.features(images).unflatten(0, pictures.shape[:2])  # (B, views, C, h, w)
             parts.append(features.half().cpu().numpy())
-            labels[sum(len(part) for part in parts[:-1]) :][: len(given)] = given.numpy()
+            given.append(targets.numpy())
             unreadable |= names
-        maps[size] = np.concatenate(parts)
+        maps[size], labels = np.concatenate(parts), np.concatenate(given)
     writer.write(shard, labels, maps, unreadable)
 
 

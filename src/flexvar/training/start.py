@@ -23,7 +23,7 @@ from flexvar.data import Augmentation, EmojiScenes, FeatureCache, FixedViews, Hu
 from flexvar.data.features import SETTINGS
 from flexvar.data.shards import ShardSource, TarShards
 from flexvar.models import model_folder
-from flexvar.processes import MOST_WORKERS, keep_memory, pick_device, processes
+from flexvar.processes import MOST_WORKERS, forbid_tf32, keep_memory, pick_device, processes
 from flexvar.training.initial import begin_from, check_codes
 from flexvar.training.loop import Batches, Data, train
 from flexvar.training.order import Batch, Steps
@@ -46,6 +46,7 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
     Raises ValueError or FileNotFoundError, in one line, where config, pictures, tokenizer or run folder do not fit together.
     """
     device = pick_device(exchanging=True)
+    forbid_tf32()
     if device.type == "cpu":
         keep_memory()
     folder = RunFolder(Path(config.run), config.keep)

@@ -64,7 +64,10 @@ class TokenizerWorkshop(Workshop):
             return []
         if self.config.smallest < SMALLEST_FOR_LPIPS:
             raise ValueError(f"smallest is {self.config.smallest} px, too small for LPIPS; give at least {SMALLEST_FOR_LPIPS}")
-        return [load_lpips(asked.vgg, asked.linear)]
+        try:
+            return [load_lpips(asked.vgg, asked.linear)]
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} (perceptual.weight=0)") from error
 
     @property
     def network(self) -> Tokenizer:
