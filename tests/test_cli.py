@@ -201,7 +201,7 @@ def test_a_traceback_on_request(monkeypatch) -> None:
     def no_room(*_: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("flexvar.cli.words.run_info", no_room)
+    monkeypatch.setattr("flexvar.cli.parsing.run_info", no_room)
     with pytest.raises(MemoryError, match="no room"):
         main(["info"])
 

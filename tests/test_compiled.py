@@ -286,7 +286,7 @@ def test_a_recorded_batch_is_drawn_again_although_it_fills_the_memory(pipe: Flex
     pipe._draw = draw = Recorded(recorded_again, choose, pipe.tokenizer.decode)
     free = {"bytes": 2**40}
     monkeypatch.setattr(memory, "free_memory", lambda device: free["bytes"])
-    monkeypatch.setattr(memory.Drawing, "refuse_what_cannot_fit", lambda self: None)  # as on a GPU
+    monkeypatch.setattr(memory.MemoryNeed, "refuse_what_cannot_fit", lambda self: None)  # as on a GPU
     pipe(list("abcde"), seed=0)
     free["bytes"] = 0
     pipe(list("edcba"), seed=5)

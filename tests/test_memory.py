@@ -19,17 +19,17 @@ from flexvar.accounting import plan
 from flexvar.checkpoint import Defaults, Model
 from flexvar.cli import main
 from flexvar.counting import LiveBytes, encoding_memory
-from flexvar.memory import Drawing, free_memory, in_parts, is_out_of_memory
+from flexvar.memory import MemoryNeed, free_memory, in_parts, is_out_of_memory
 from flexvar.processes import kept_memory
 
 MEBIBYTE = 2**20
 
 
 @pytest.fixture(scope="module")
-def drawing(small_tokenizer: Tokenizer, small_transformer: Transformer) -> Drawing:
+def need(small_tokenizer: Tokenizer, small_transformer: Transformer) -> MemoryNeed:
     """A guided batch of 4 pictures of 96 x 160 px."""
     schedule = Schedule.for_grid(24, 40, 6, 4)
-    return Drawing(small_transformer.config, small_tokenizer.config, schedule, 4, True, torch.float32, torch.device("cpu"))
+    return MemoryNeed(small_transformer.config, small_tokenizer.config, schedule, 4, True, torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -37,47 +37,47 @@ def pipe(small_tokenizer: Tokenizer, small_transformer: Transformer) -> FlexVARP
     return FlexVARPipeline(Model(copy.deepcopy(small_tokenizer), small_transformer, tuple("abcde"), Defaults(16, 16, 4)))
 
 
-def needs(drawing: Drawing) -> int:
-    how = {"batch": drawing.batch, "guided": drawing.guided, "split": drawing.split, "dtype": drawing.dtype, "int8": drawing.int8}
-    cost = plan(drawing.transformer, drawing.tokenizer, drawing.schedule, **how)
+def bytes_for(need: MemoryNeed) -> int:
+    how = {"batch": need.batch, "guided": need.guided, "split": need.split, "dtype": need.dtype, "int8": need.int8}
+    cost = plan(need.transformer, need.tokenizer, need.schedule, **how)
     return cost.memory.peak - cost.memory.weights
 
 
 @settings(deadline=None, max_examples=6)
 @given(free=st.integers(0, 100 * MEBIBYTE))
-def test_the_largest_size_fits_and_the_next_does_not(free: int, drawing: Drawing) -> None:
-    size = drawing.largest_size(free)
+def test_the_largest_size_fits_and_the_next_does_not(free: int, need: MemoryNeed) -> None:
+    size = need.largest_size(free)
     h, w = size or (0, 0)
     assert w <= 40
     assert h == (max(1, round(w * 24 / 40)) if size else 0)
     if size:
-        assert needs(replace(drawing, schedule=Schedule.for_grid(h, w, len(drawing.schedule), 4))) <= free
+        assert bytes_for(replace(need, schedule=Schedule.for_grid(h, w, len(need.schedule), 4))) <= free
     if w < 40:
         next_size = max(1, round((w + 1) * 24 / 40)), w + 1
-        assert needs(replace(drawing, schedule=Schedule.for_grid(*next_size, len(drawing.schedule), 4))) > free
+        assert bytes_for(replace(need, schedule=Schedule.for_grid(*next_size, len(need.schedule), 4))) > free
 
 
-def test_the_largest_batch_fits_and_the_next_does_not(drawing: Drawing) -> None:
-    three = needs(replace(drawing, batch=3))
-    assert [drawing.largest_batch(free) for free in (0, three - 1, three, 100 * three)] == [0, 2, 3, 4]
+def test_the_largest_batch_fits_and_the_next_does_not(need: MemoryNeed) -> None:
+    three = bytes_for(replace(need, batch=3))
+    assert [need.largest_batch(free) for free in (0, three - 1, three, 100 * three)] == [0, 2, 3, 4]
 
 
-def test_the_line_names_what_fits(drawing: Drawing) -> None:
-    free = needs(replace(drawing, batch=3))
-    h, w = drawing.largest_size(free) or (0, 0)
-    assert drawing.complaint(free) == (
+def test_the_line_names_what_fits(need: MemoryNeed) -> None:
+    free = bytes_for(replace(need, batch=3))
+    h, w = need.largest_size(free) or (0, 0)
+    assert need.complaint(free) == (
         f"not enough memory for 4 pictures of 96 x 160 px at a time; {4 * h} x {4 * w} px or 3 at a time would fit (see `flexvar plan`)"
     )
-    one = replace(drawing, batch=1)
-    assert one.complaint(needs(one) - 1) == "not enough memory for a picture of 96 x 160 px; 92 x 156 px would fit (see `flexvar plan`)"
-    for unknown in (None, 0, needs(drawing)):
-        assert "free some, or take smaller pictures or a smaller batch" in drawing.complaint(unknown)
+    one = replace(need, batch=1)
+    assert one.complaint(bytes_for(one) - 1) == "not enough memory for a picture of 96 x 160 px; 92 x 156 px would fit (see `flexvar plan`)"
+    for unknown in (None, 0, bytes_for(need)):
+        assert "free some, or take smaller pictures or a smaller batch" in need.complaint(unknown)
 
 
-def test_sizes_past_counting_have_a_largest_size_too(drawing: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_past_counting_have_a_largest_size_too(need: MemoryNeed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MOST_CODES", 2**10)
-    vast = replace(drawing, schedule=Schedule.of([1, (10**22, 10**22)]))
-    assert vast.largest_size(MEBIBYTE) == replace(drawing, schedule=Schedule.of([1, 500])).largest_size(MEBIBYTE)
+    vast = replace(need, schedule=Schedule.of([1, (10**22, 10**22)]))
+    assert vast.largest_size(MEBIBYTE) == replace(need, schedule=Schedule.of([1, 500])).largest_size(MEBIBYTE)
 
 
 def refusal(*shape: int) -> Exception:
@@ -163,29 +163,29 @@ def test_memory_that_the_c_library_keeps_is_free() -> None:
     assert last.item() == 1
 
 
-def test_8_bit_weights_are_planned_as_such(drawing: Drawing, pipe: FlexVARPipeline) -> None:
-    drawing = replace(drawing, transformer=replace(drawing.transformer, width=256, codebook_size=8), schedule=Schedule.of([1, 2, 4]))
-    plain, rounded = (needs(replace(drawing, int8=int8)) for int8 in (False, True))
+def test_8_bit_weights_are_planned_as_such(need: MemoryNeed, pipe: FlexVARPipeline) -> None:
+    need = replace(need, transformer=replace(need.transformer, width=256, codebook_size=8), schedule=Schedule.of([1, 2, 4]))
+    plain, rounded = (bytes_for(replace(need, int8=int8)) for int8 in (False, True))
     assert rounded > plain  # in float32 the sums take more than what they replace
-    assert not replace(drawing, int8=True).fits(plain)
+    assert not replace(need, int8=True).fits(plain)
     own = FlexVARPipeline(replace(pipe.model, transformer=copy.deepcopy(pipe.transformer)))
-    assert not own._drawing(drawing.schedule, 1, pipe.defaults.guidance).int8
-    assert own.to_int8()._drawing(drawing.schedule, 1, pipe.defaults.guidance).int8
+    assert not own._need(need.schedule, 1, pipe.defaults.guidance).int8
+    assert own.to_int8()._need(need.schedule, 1, pipe.defaults.guidance).int8
 
 
-def test_one_half_after_the_other_is_planned_as_such(drawing: Drawing, pipe: FlexVARPipeline) -> None:
-    drawing = replace(drawing, transformer=replace(drawing.transformer, width=256))
-    assert needs(replace(drawing, split=True)) < needs(drawing)
+def test_one_half_after_the_other_is_planned_as_such(need: MemoryNeed, pipe: FlexVARPipeline) -> None:
+    need = replace(need, transformer=replace(need.transformer, width=256))
+    assert bytes_for(replace(need, split=True)) < bytes_for(need)
     asked = replace(pipe.defaults.guidance, split=True)
-    assert pipe._drawing(drawing.schedule, 1, asked).split
+    assert pipe._need(need.schedule, 1, asked).split
 
 
 def test_a_cpu_refuses_what_cannot_fit_before_it_tries(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = needs(pipe._drawing(Schedule.for_grid(16, 16, 6, 4), 1, pipe.defaults.guidance))
+    enough = bytes_for(pipe._need(Schedule.for_grid(16, 16, 6, 4), 1, pipe.defaults.guidance))
     settings = {"height": 64, "width": 64, "seed": 0, "num_inference_steps": 6}
-    monkeypatch.setattr(memory, "free_memory", lambda device: need)
+    monkeypatch.setattr(memory, "free_memory", lambda device: enough)
     pipe("a", **settings)
-    monkeypatch.setattr(memory, "free_memory", lambda device: need - 1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: enough - 1)
     monkeypatch.setattr("flexvar.pipeline.generate", lambda *_, **__: pytest.fail("it was tried"))
     plain = Tokenizer.features
     monkeypatch.setattr(Tokenizer, "features", lambda self, x: plain(self, x) if x.is_meta else pytest.fail("it was tried"))
@@ -201,16 +201,16 @@ def test_what_is_encoded_counts_too(pipe: FlexVARPipeline, monkeypatch: pytest.M
     """A large picture that is refined to a small one: most of the work is its encoding."""
     words = {"height": 8, "width": 8, "strength": 0.5, "max_pixels": 128**2}
     edit = pipe.edit_of("refine", Image.new("L", (128, 128)), **words)
-    drawn = pipe._drawing(pipe.settings.schedule_of(edit=edit), 1, pipe.defaults.guidance, edit)
+    drawn = pipe._need(pipe.settings.schedule_of(edit=edit), 1, pipe.defaults.guidance, edit)
     tokenizer = pipe.tokenizer
     with torch.no_grad(), LiveBytes() as live:
         tokenizer.features(edit.canvas + 0)
     encoding = encoding_memory(tokenizer.config, edit.native, 1, torch.float32)
     assert live.most <= encoding <= 3 * live.most  # without a kernel that spares the scores of attention
-    assert encoding > needs(drawn)
+    assert encoding > bytes_for(drawn)
     assert drawn.fits(encoding)
     assert not drawn.fits(encoding - 1)
-    one_for_all = pipe._drawing(drawn.schedule, 5, pipe.defaults.guidance, edit)
+    one_for_all = pipe._need(drawn.schedule, 5, pipe.defaults.guidance, edit)
     assert one_for_all.fits(encoding)
     monkeypatch.setattr(memory, "free_memory", lambda device: encoding - 1)
     with pytest.raises(MemoryError, match="not enough memory for a picture of 8 x 8 px"):
@@ -220,17 +220,17 @@ def test_what_is_encoded_counts_too(pipe: FlexVARPipeline, monkeypatch: pytest.M
 def test_pictures_are_rebuilt_in_parts_that_fit(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 24, 3), dtype=np.uint8)) for i in range(5)]
     together, sizes, plain = pipe.reconstruct(pictures, output_type="pt").images, [], Tokenizer.features
-    two = needs(pipe._drawing(Schedule(((4, 6),)), 2, Guidance("constant", 1.0)))
+    two = bytes_for(pipe._need(Schedule(((4, 6),)), 2, Guidance("constant", 1.0)))
     monkeypatch.setattr(memory, "free_memory", lambda device: math.ceil(1.3 * two / memory.SHARE_TO_FILL))
     monkeypatch.setattr(Tokenizer, "features", lambda self, x: (x.is_meta or sizes.append(len(x)), plain(self, x))[1])
     assert torch.allclose(pipe.reconstruct(pictures, output_type="pt").images, together, atol=1e-5)
     assert sizes == [2, 2, 1]
 
 
-def test_a_single_part_is_not_copied(drawing: Drawing) -> None:
+def test_a_single_part_is_not_copied(need: MemoryNeed) -> None:
     pictures = torch.zeros(4, 3, 96, 160)
-    assert in_parts(drawing, lambda part: pictures[part], 4).data_ptr() == pictures.data_ptr()
-    assert torch.equal(in_parts(drawing, lambda part: pictures[part], 3), pictures)
+    assert in_parts(need, lambda part: pictures[part], 4).data_ptr() == pictures.data_ptr()
+    assert torch.equal(in_parts(need, lambda part: pictures[part], 3), pictures)
 
 
 def test_a_batch_of_our_choice_is_halved_where_it_does_not_fit(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +257,7 @@ def test_a_batch_of_our_choice_is_halved_where_it_does_not_fit(pipe: FlexVARPipe
 def test_as_many_are_drawn_at_the_same_time_as_fit(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"height": 16, "width": 24, "seed": 0, "output_type": "pt"}
     together = pipe(list("abcde"), **settings).images
-    two = needs(pipe._drawing(pipe.settings.schedule_of(16, 24, None, None), 2, pipe.defaults.guidance))
+    two = bytes_for(pipe._need(pipe.settings.schedule_of(16, 24, None, None), 2, pipe.defaults.guidance))
     sizes, draw = [], generation.generate
     monkeypatch.setattr("flexvar.pipeline.generate", lambda *given, **named: (sizes.append(len(given[2])), draw(*given, **named))[1])
     enough = math.ceil(two / memory.SHARE_TO_FILL)
@@ -269,9 +269,9 @@ def test_as_many_are_drawn_at_the_same_time_as_fit(pipe: FlexVARPipeline, monkey
 
 
 def test_what_is_drawn_and_decoded_fails_in_one_line(pipe: FlexVARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = needs(pipe._drawing(Schedule.for_grid(16, 16, 6, 4), 1, Guidance("constant", 2.0)))
+    free = bytes_for(pipe._need(Schedule.for_grid(16, 16, 6, 4), 1, Guidance("constant", 2.0)))
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
-    monkeypatch.setattr(Drawing, "refuse_what_cannot_fit", lambda self: None)  # as on a GPU
+    monkeypatch.setattr(MemoryNeed, "refuse_what_cannot_fit", lambda self: None)  # as on a GPU
     words = r"not enough memory for 2 pictures of 64 x 64 px at a time; \d+ x \d+ px or 1 at a time would fit"
     settings = {"height": 64, "width": 64, "seed": 0, "num_inference_steps": 6}
 
@@ -317,7 +317,7 @@ def test_what_failed_is_freed_before_the_free_memory_is_read(pipe: FlexVARPipeli
 
     monkeypatch.setattr(Tokenizer, "decode", decode)
     monkeypatch.setattr(memory, "free_memory", free)
-    monkeypatch.setattr(Drawing, "refuse_what_cannot_fit", lambda self: None)
+    monkeypatch.setattr(MemoryNeed, "refuse_what_cannot_fit", lambda self: None)
     with pytest.raises(MemoryError, match="not enough memory"):
         pipe("a", seed=0, batch_size=1)
 
@@ -343,6 +343,6 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert line.endswith("px would fit (see `flexvar plan`)")
     assert not list(tmp_path.iterdir())
 
-    monkeypatch.setattr("flexvar.cli.words.run_info", no_room)
+    monkeypatch.setattr("flexvar.cli.parsing.run_info", no_room)
     assert main(["info"]) == 2
     assert capsys.readouterr().err == "flexvar: not enough memory; take smaller pictures or a smaller batch (see `flexvar plan`)\n"

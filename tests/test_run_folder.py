@@ -14,9 +14,9 @@ from PIL import Image
 from flexvar.checkpoint import load
 from flexvar.cli import main
 from flexvar.training import run_folder
+from flexvar.training.pictures import open_source
 from flexvar.training.run_folder import RunFolder
 from flexvar.training.settings import DataConfig
-from flexvar.training.start import open_source
 from flexvar.training.transformer import TransformerWorkshop
 from training_runs import newest_state, tokenizer_config, transformer_config
 

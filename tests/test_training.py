@@ -19,8 +19,8 @@ from flexvar.data import Shapes
 from flexvar.training.config import read_config
 from flexvar.training.optimiser import learning_rate, parameter_groups
 from flexvar.training.order import Steps, position_random, step_random
+from flexvar.training.pictures import examples
 from flexvar.training.settings import CacheRun, OptimiserConfig, TokenizerRun, TransformerRun
-from flexvar.training.start import examples
 from flexvar.training.tokenizer import TokenizerWorkshop, random_scales
 from training_runs import assert_same_end, measurements, newest_state, reports, tokenizer_config, transformer_config
 
@@ -79,11 +79,11 @@ def test_the_same_command_goes_on_and_ends_the_same(trained_tokenizer: Path, tmp
     code = (
         "import os, signal\n"
         "from flexvar.training.loop import _Run\n"
-        "one = _Run._one\n"
+        "step = _Run._take_step\n"
         "def stop(self, batch):\n"
         "    if self.step == 1: os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return one(self, batch)\n"
-        "_Run._one = stop\n"
+        "    return step(self, batch)\n"
+        "_Run._take_step = stop\n"
         "import sys; from flexvar.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     stopped = subprocess.run([sys.executable, "-c", code, "train", "transformer", str(pieces)], capture_output=True, text=True)

@@ -18,8 +18,9 @@ from flexvar.cli import main
 from flexvar.data import FeatureCache, Shapes
 from flexvar.data.shards import TarShards
 from flexvar.training.order import Batch, Steps, picture_at
+from flexvar.training.pictures import batches_of
 from flexvar.training.settings import TokenizerRun
-from flexvar.training.start import _same_classes, batches_of
+from flexvar.training.start import _same_classes
 from flexvar.training.stream import PICTURES_A_SHARD, Stream
 from training_runs import newest_state, reports, tokenizer_config, transformer_config
 

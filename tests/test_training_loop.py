@@ -19,8 +19,8 @@ from flexvar.checkpoint import load
 from flexvar.cli import main
 from flexvar.training.loop import _fetched, _Run
 from flexvar.training.meter import Meter, matrix_rate, nested
+from flexvar.training.pictures import spare_cores
 from flexvar.training.run_folder import RunFolder
-from flexvar.training.start import spare_cores
 from training_runs import assert_equal, assert_same_end, lines, measurements, newest_state, reports, tokenizer_config, transformer_config
 
 
@@ -87,15 +87,15 @@ def test_half_precision(precision: str, tokenizer: Path, tmp_path: Path, capsys)
 def poison(monkeypatch, network_of, steps: set[int]) -> None:
     """Makes a gradient of a run's network not a number at these steps."""
 
-    def one(self: _Run, batch) -> tuple[float, float]:
+    def step(self: _Run, batch) -> tuple[float, float]:
         hook = next(network_of(self).parameters()).register_hook(lambda g: g * math.nan) if self.step in steps else None
         result = original(self, batch)
         if hook:
             hook.remove()
         return result
 
-    original = _Run._one
-    monkeypatch.setattr(_Run, "_one", one)
+    original = _Run._take_step
+    monkeypatch.setattr(_Run, "_take_step", step)
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tokenizer: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -137,14 +137,14 @@ def test_a_step_looks_at_its_device_once(tmp_path: Path, monkeypatch, capsys) ->
         looks[-1] += 1
         return original_list(self)
 
-    def one(self: _Run, batch) -> tuple[float, float]:
+    def step(self: _Run, batch) -> tuple[float, float]:
         looks.append(0)
         with SingleNumbers(), monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "tolist", lists)
             return original(self, batch)
 
-    original, original_list = _Run._one, torch.Tensor.tolist
-    monkeypatch.setattr(_Run, "_one", one)
+    original, original_list = _Run._take_step, torch.Tensor.tolist
+    monkeypatch.setattr(_Run, "_take_step", step)
     words = ["adversary.weight=0.1", "adversary.start=1", "adversary.channels=8", "adversary.layers=1", "smallest=8", "restart_every=0"]
     assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), *words]) == 0
     assert looks == [1, 1, 1, 1]
@@ -296,15 +296,15 @@ def test_stopped_with_workers_it_saves_and_goes_on(number: signal.Signals, token
 
 
 def test_told_to_stop_once_more_it_ends_at_once(tokenizer: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def one(self: _Run, batch) -> tuple[float, float]:
+    def step(self: _Run, batch) -> tuple[float, float]:
         if self.step == 2:
             for at in seconds:
                 monkeypatch.setattr("flexvar.training.loop.time.monotonic", lambda at=at: at)
                 os.kill(os.getpid(), signal.SIGINT)
         return original(self, batch)
 
-    original = _Run._one
-    monkeypatch.setattr(_Run, "_one", one)
+    original = _Run._take_step
+    monkeypatch.setattr(_Run, "_take_step", step)
     command = ["train", "transformer", str(transformer_config(tmp_path, tokenizer, steps=2000)), "save_every=1000"]
     seconds = [100.0, 101.0]  # told once, by two
     assert main(command) == 130
@@ -317,12 +317,12 @@ def test_told_to_stop_once_more_it_ends_at_once(tokenizer: Path, tmp_path: Path,
 ONE_IS_TOLD_TO_STOP = """
 import os, signal, sys
 from flexvar.training.loop import _fetched, _Run
-one = _Run._one
+step = _Run._take_step
 def told(self, batch):
     if (self.step, self.rank) == (2, 1):
         os.kill(os.getpid(), signal.SIGTERM)
-    return one(self, batch)
-_Run._one = told
+    return step(self, batch)
+_Run._take_step = told
 from flexvar.cli import main
 sys.exit(main(sys.argv[1:]))
 """

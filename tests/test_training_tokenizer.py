@@ -23,8 +23,8 @@ from flexvar.schedule import Schedule
 from flexvar.training import losses
 from flexvar.training.config import read_config
 from flexvar.training.order import Steps
+from flexvar.training.pictures import examples
 from flexvar.training.settings import TokenizerRun
-from flexvar.training.start import examples
 from flexvar.training.tokenizer import TokenizerWorkshop
 from training_runs import assert_same_end, measurements, newest_state, reports, tokenizer_config
 

@@ -1,4 +1,4 @@
-"""Two faster linear layers for transformers that only draw: weights of 8 bits, and weights laid out as a CPU's kernels read them.
+"""Two other linear layers for transformers that only draw: weights of 8 bits, and weights laid out as a CPU's kernels read them.
 
 8 bits, on CPUs and CUDA: each row of a weight is rounded by its own largest value, and so is each token of what it multiplies; sums are
 exact integers, whichever way a processor gets them. So a picture depends on its own tokens alone, whatever else is in the batch. The price
@@ -108,8 +108,8 @@ def to_8_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
 def integer_product(out: int, columns: int, device_type: str) -> IntegerProduct:
     """The way to multiply by a weight (out, columns): `by_integers`, but `by_floats` on a CPU where that is faster, or alone exact.
 
-    A processor without instructions for it takes ten times as long for a product of integers as for one of floats; one that adds two
-    products up in 16 bits gets it wrong.
+    A processor without instructions for it takes some twenty times as long for a product of integers as for one of floats; one that adds
+    two products up in 16 bits gets it wrong.
     """
     if device_type != "cpu":
         return by_integers
@@ -172,7 +172,7 @@ class PackedLinear(nn.Module):
 def can_pack(transformer: Transformer) -> bool:
     """Whether the blocks are plain float32 ones on a CPU whose products oneDNN speeds up.
 
-    That is one with AVX-512: without, oneDNN's products of more than some 340 rows are slower than those of `F.linear`
+    That is one with AVX-512: without, oneDNN's products of more than 512 rows are slower than those of `F.linear`
     (benchmarks/RESULTS.md, machine C).
     """
     weight, first = transformer.head.weight, transformer.layers[0]

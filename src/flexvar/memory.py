@@ -36,8 +36,8 @@ PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # where Linux tells of mem
 
 
 @dataclass(frozen=True)
-class Drawing(ContextDecorator):
-    """A batch to be drawn on a device. As a context or a decorator, it turns running out of memory into one line that names what fits."""
+class MemoryNeed(ContextDecorator):
+    """What a batch to be drawn needs on a device. As a context or a decorator: the one line, naming what fits, when memory runs out."""
 
     transformer: TransformerConfig
     tokenizer: TokenizerConfig
@@ -114,7 +114,7 @@ class Drawing(ContextDecorator):
         if free is not None and not self.fits(free):
             raise MemoryError(self.complaint(free))
 
-    def __enter__(self) -> Drawing:
+    def __enter__(self) -> MemoryNeed:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -123,16 +123,16 @@ class Drawing(ContextDecorator):
             raise MemoryError(self.complaint(free_memory(self.device))) from error
 
 
-def in_parts(drawing: Drawing, draw: Callable[[slice], Tensor], at_once: int | None = None, ready: int = 0) -> Tensor:
-    """All pictures of a drawing, so many at once; where that is left to us what fits, and fewer where that turns out to be too many.
+def in_parts(need: MemoryNeed, draw: Callable[[slice], Tensor], at_once: int | None = None, ready: int = 0) -> Tensor:
+    """All pictures of a batch, so many at once; where that is left to us what fits, and fewer where that turns out to be too many.
 
     draw: what a part of the pictures gives. ready: as many have their memory already, whatever is free.
     Raises MemoryError where even one does not fit, or so many as were asked for.
     """
     drawn: list[Tensor] = []
-    start, step = 0, max(ready, drawing.at_once()) if at_once is None else at_once
-    while start < drawing.batch:
-        part = slice(start, min(start + step, drawing.batch))
+    start, step = 0, max(ready, need.at_once()) if at_once is None else at_once
+    while start < need.batch:
+        part = slice(start, min(start + step, need.batch))
         try:
             drawn.append(draw(part))
             start = part.stop

@@ -23,7 +23,7 @@ from flexvar.data.given import GivenPictures, over_white, pictures_of
 from flexvar.editing import Edit
 from flexvar.generation import Draw, Keep, Step, draw_scales, generate, needed_guidance
 from flexvar.labels import Label
-from flexvar.memory import Drawing, in_parts
+from flexvar.memory import MemoryNeed, in_parts
 from flexvar.models import model_folder, released_model, write_released
 from flexvar.sampling import Guidance, Sampling
 from flexvar.schedule import Schedule, Size, grid_of
@@ -136,7 +136,7 @@ class FlexVARPipeline:
         return self
 
     def to_int8(self) -> FlexVARPipeline:
-        """Rounds the weights of the transformer's blocks to 8 bits, for good: faster, at a price (docs/speed.md).
+        """Rounds the weights of the transformer's blocks to 8 bits, for good: smaller, on most CPUs faster, at a price (docs/speed.md).
 
         On the CPU and on CUDA; move it there first, and compile it afterwards. Raises ValueError elsewhere.
         """
@@ -144,10 +144,10 @@ class FlexVARPipeline:
         return self
 
     def compile(self) -> FlexVARPipeline:
-        """Makes drawing faster where it is, for good: the same pictures up to rounding (`flexvar.compiled` says how; docs/speed.md).
+        """Makes drawing faster, if there is a way, for good: the same pictures up to rounding (`flexvar.compiled`, docs/speed.md).
 
-        Move the pipeline first. The first picture of each size then takes longer on CUDA. On Linux, with the pipeline on the CPU, the whole
-        process keeps the memory that it frees from then on, other libraries' too (`flexvar.processes.keep_memory`).
+        Move it first: a changed model is neither moved nor saved any more. On CUDA the first picture of each size then takes longer. On a
+        CPU, on Linux, the whole process keeps the memory that it frees, other libraries' too (`flexvar.processes.keep_memory`).
         """
         if not isinstance(self._draw, Recorded):  # a new one would begin without recordings
             self._draw = compiled(self.tokenizer, self.transformer)
@@ -186,7 +186,7 @@ class FlexVARPipeline:
             return self._finished(indices[part], seeds[part], edit and edit.part(part), grids, guidance, sampling)
 
         ready = self._draw.recorded_batch(grids, guidance, sampling) if isinstance(self._draw, Recorded) and edit is None else 0
-        images = in_parts(self._drawing(grids, len(indices), guidance, edit), drawn, at_once, ready)
+        images = in_parts(self._need(grids, len(indices), guidance, edit), drawn, at_once, ready)
         return FlexVAROutput(as_output(images, output_type), indices, seeds)
 
     @takes(DrawingSettings)
@@ -223,15 +223,15 @@ class FlexVARPipeline:
         self, indices: list[int], seeds: list[int], edit: Edit | None, grids: Schedule, guidance: Guidance, sampling: Sampling
     ) -> Iterator[Step]:
         """The steps of a drawing that was asked for in full."""
-        drawing = self._drawing(grids, len(indices), guidance, edit)
-        drawing.refuse_what_cannot_fit()
-        with drawing:
+        need = self._need(grids, len(indices), guidance, edit)
+        need.refuse_what_cannot_fit()
+        with need:
             keep = None if edit is None else self._making_room(lambda: self._keep(edit, grids))
             networks = self.tokenizer, self.transformer
             steps = self._making_room(
                 lambda: generate(*networks, indices, grids, guidance=guidance, sampling=sampling, keep=keep, seeds=seeds, draw=self._draw)
             )
-        return _watched(steps, drawing, edit, len(grids))
+        return _watched(steps, need, edit, len(grids))
 
     def _finished(self, *what: Any) -> Tensor:
         """The pictures of the last step, on the CPU; the other steps are gone then."""
@@ -328,25 +328,24 @@ class FlexVARPipeline:
         height, width = both_sides(height, width, own, f)
         grid = grid_of(height, width, f)
         pixels = torch.from_numpy(np.stack([np.asarray(fitted(one, (height, width))) for one in pictures])).permute(0, 3, 1, 2)
-        drawing = replace(self._drawing(Schedule((grid,)), len(pictures), Guidance("constant", 1.0)), encoded=grid)
+        need = replace(self._need(Schedule((grid,)), len(pictures), Guidance("constant", 1.0)), encoded=grid)
 
         def rebuilt(part: slice) -> Tensor:
-            with (fitting := replace(drawing, batch=len(pixels[part]))):
+            with (fitting := replace(need, batch=len(pixels[part]))):
                 fitting.refuse_what_cannot_fit()
                 (codes,) = self._making_room(lambda: self._codes(pixels[part] / 127.5 - 1, [grid]))
                 return self._making_room(lambda: self.tokenizer.decode(codes)).cpu().float()
 
-        return FlexVAROutput(as_output(in_parts(drawing, rebuilt), output_type), [], [])
+        return FlexVAROutput(as_output(in_parts(need, rebuilt), output_type), [], [])
 
-    def _drawing(self, schedule: Schedule, batch: int, guidance: Guidance, edit: Edit | None = None) -> Drawing:
-        """What is about to be drawn, so that running out of memory is told with the size that fits."""
-        transformer = self.transformer.config
-        guided = any(factor != 1 for factor in guidance.weights(schedule, transformer.trained_grid))
-        int8 = "int8" in self.made_faster
-        drawing = Drawing(transformer, self.tokenizer.config, schedule, batch, guided, self.dtype, self.device, int8, guidance.split)
+    def _need(self, schedule: Schedule, batch: int, guidance: Guidance, edit: Edit | None = None) -> MemoryNeed:
+        """What it takes to draw this, so that running out of memory is told with the size that fits."""
+        shapes, int8 = (self.transformer.config, self.tokenizer.config), "int8" in self.made_faster
+        guided = any(factor != 1 for factor in guidance.weights(schedule, shapes[0].trained_grid))
+        need = MemoryNeed(*shapes, schedule, batch, guided, self.dtype, self.device, int8, guidance.split)
         if edit is None or not edit.kept(schedule):
-            return drawing
-        return replace(drawing, encoded=edit.native, given=1 if len(edit) == 1 else None)
+            return need
+        return replace(need, encoded=edit.native, given=1 if len(edit) == 1 else None)
 
     # -- what the words mean --
 
@@ -360,14 +359,15 @@ class FlexVARPipeline:
         return labels.name_of(label, self.class_names, self.transformer.config.null_class)
 
 
-def _watched(steps: Iterator[Step], drawing: Drawing, edit: Edit | None, count: int) -> Iterator[Step]:
+def _watched(steps: Iterator[Step], need: MemoryNeed, edit: Edit | None, count: int) -> Iterator[Step]:
     """The steps as they are drawn, the last one of an edit with its finished pictures.
 
     Where memory runs out, in drawing or in decoding one of them, the error names what fits.
     """
-    with drawing:
+    with need:
         for step in steps:
-            yield replace(step, decode=drawing(step.decode if edit is None or step.index < count - 1 else edit.finishing(step.decode)))
+            decode = edit.finishing(step.decode) if edit is not None and step.index == count - 1 else step.decode
+            yield replace(step, decode=need(decode))
 
 
 def _listed(class_labels: Labels, edit: Edit | None = None) -> list[Any]:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from flexvar.cli.commands import run_train
-from flexvar.cli.words import parser
+from flexvar.cli.parsing import parser
 
 __all__ = ["main", "parser"]
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexvar.cli.options import Words
+
 if TYPE_CHECKING:
     import torch
 
     from flexvar.accounting import Plan
-
-Words = argparse.Namespace
 
 
 def run_train(words: Words) -> None:
@@ -99,6 +98,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 
 def run_info(words: Words) -> None:
     from flexvar.checkpoint import load_empty
+    from flexvar.counting import parameters_of
     from flexvar.models import model_folder
 
     model = load_empty(model_folder(words.model))
@@ -106,8 +106,7 @@ def run_info(words: Words) -> None:
         if network is None:
             print(f"{name}: none yet")
             continue
-        millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-        print(f"{name}: {millions:.2f} M parameters")
+        print(f"{name}: {parameters_of(network) / 1e6:.2f} M parameters")
         print(f"  {network.config}")
     print(f"defaults: {model.defaults}")
     print("provenance:")

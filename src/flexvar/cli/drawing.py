@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexvar.cli.commands import Words
+from flexvar.cli.options import Words
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexvar.cli.commands import Words
 from flexvar.cli.drawing import device_of, move, settings_of
-from flexvar.cli.phrases import DEVICES, Parser, add_batch, add_device, add_extractor, add_overwrite, add_seed, add_settings, add_size
+from flexvar.cli.options import (
+    DEVICES,
+    Parser,
+    Words,
+    add_batch,
+    add_device,
+    add_extractor,
+    add_overwrite,
+    add_seed,
+    add_settings,
+    add_size,
+)
 
 if TYPE_CHECKING:
     from flexvar.evaluation.extractors import Extractor

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flexvar.data import PictureSource
+from flexvar.evaluation.metrics import NORMAL_95
 from flexvar.weights import fill
 from flexvar.writing import write_whole
 
@@ -157,7 +158,7 @@ def accuracy_interval(right: int, total: int) -> tuple[float, float]:
     """The 95 % Wilson interval of the share right / total: (low, high) in [0, 1]. ValueError unless 0 <= right <= total and total > 0."""
     if not 0 <= right <= total or not total:
         raise ValueError(f"{right} of {total} is not a share; give 0 <= right <= total and a total above 0")
-    z = 1.959964
+    z = NORMAL_95
     centre = (right + z * z / 2) / (total + z * z)
     reach = z / (total + z * z) * math.sqrt(right * (total - right) / total + z * z / 4)
     return max(0.0, centre - reach), min(1.0, centre + reach)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from flexvar.checkpoint import load
+from flexvar.checkpoint import TOKENIZER, load
 from flexvar.data import FixedViews, PictureSource
 from flexvar.data.features import CacheSettings, CacheWriter, FeatureCache
 from flexvar.data.images import count_of_unreadable
@@ -23,8 +23,9 @@ from flexvar.progress import progress
 from flexvar.schedule import Size
 from flexvar.tokenizer import Tokenizer
 from flexvar.training.optimiser import precision
+from flexvar.training.pictures import open_source, spare_cores
 from flexvar.training.settings import CacheRun
-from flexvar.training.start import digest, open_source, spare_cores
+from flexvar.zoo import sha256
 
 PATIENCE = timedelta(days=1)  # with a process that still writes shards when the others have written theirs
 
@@ -45,7 +46,7 @@ def cache_features(config: CacheRun, overwrite: bool = False) -> Path:
         assert isinstance(source, PictureSource)  # CacheRun allows no other kind
         views, dtype = FixedViews(source, config.seed, config.views), precision(config.precision, device)
         settings = CacheSettings(
-            tokenizer_sha256=digest(folder),
+            tokenizer_sha256=sha256(folder / TOKENIZER),
             class_names=source.class_names,
             sizes=tuple(dict.fromkeys((height, width) for height, width in config.sizes)),
             downsample=tokenizer.config.downsample,

@@ -116,7 +116,7 @@ class _Run:
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._run(_fetched(self.data.batches(self.step, self.config.steps, self.first_shard)), bar)
+            self._take_steps(_fetched(self.data.batches(self.step, self.config.steps, self.first_shard)), bar)
         finally:
             bar.close()
             self.wrapped = self.workshop  # with nothing that holds the group of processes, even where an error holds this run
@@ -136,11 +136,11 @@ class _Run:
             raise KeyboardInterrupt
         return self.folder.model
 
-    def _run(self, batches: Iterator[Batch], bar: tqdm[Any]) -> None:
+    def _take_steps(self, batches: Iterator[Batch], bar: tqdm[Any]) -> None:
         config, began, reported_at, seconds = self.config, time.perf_counter(), self.step, 0.0
         self.workshop.train()
         for batch in batches:
-            norm, rate = self._one(batch)
+            norm, rate = self._take_step(batch)
             self.step += 1
             bar.update()
             self.shards[batch.lane] = batch.shard
@@ -165,7 +165,7 @@ class _Run:
             if last:
                 return
 
-    def _one(self, batch: Batch) -> tuple[float, float]:
+    def _take_step(self, batch: Batch) -> tuple[float, float]:
         """One step of the optimiser and of the average; gives the norm of the gradient and the learning rate."""
         config, options = self.config, self.config.optimiser
         rate = learning_rate(self.step, config.steps, options)
@@ -182,7 +182,8 @@ class _Run:
             figures_of_parts.append(figures)
         self.scaler.unscale_(self.optimiser)
         learning = [part for part in (self.network, self.workshop.adversary) if part is not None]
-        norms = self._read([nn.utils.clip_grad_norm_(part.parameters(), options.clip or math.inf) for part in learning])
+        clipped = [nn.utils.clip_grad_norm_(part.parameters(), options.clip or math.inf) for part in learning]
+        norms, self.stopping = self._waited_for(clipped)
         if all(map(math.isfinite, norms)):
             self.scaler.step(self.optimiser)
             self.workshop.after_step(self.step + 1, self.optimiser)
@@ -197,8 +198,8 @@ class _Run:
         self.scaler.update()
         return norms[0], rate
 
-    def _read(self, norms: list[Tensor]) -> list[float]:
-        """The norms of a step's gradients; and whether any process was told to stop, as then all of them do, after the same step.
+    def _waited_for(self, norms: list[Tensor]) -> tuple[list[float], bool]:
+        """The norms of a step's gradients; whether any process was told to stop, as then all of them do, after the same step.
 
         The one place where a usual step waits for the device. It has to: without finite gradients there is no step.
         """
@@ -206,8 +207,7 @@ class _Run:
         if dist.is_initialized():
             dist.all_reduce(told, dist.ReduceOp.MAX)
         *read, stop = torch.stack([scalar.to(self.device) for scalar in (*norms, told)]).tolist()  # of no gradients it is on the CPU
-        self.stopping = bool(stop)
-        return read
+        return read, bool(stop)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -1,4 +1,4 @@
-"""The words of every command, with their help and an example each."""
+"""The parser of the command line: every command with its options, help and an example."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flexvar.cli.commands import Words, run_cache, run_convert, run_data, run_info, run_plan, run_train
+from flexvar.cli.commands import run_cache, run_convert, run_data, run_info, run_plan, run_train
 from flexvar.cli.drawing import run_edit, run_sample
 from flexvar.cli.evaluating import add_evaluations
-from flexvar.cli.phrases import add_drawing, add_dtype, add_model, add_overwrite, add_schedule, add_size
+from flexvar.cli.options import Words, add_drawing, add_dtype, add_model, add_overwrite, add_schedule, add_size
 
 EDITS = (
     ("refine", "Keep the coarse scales of pictures and draw the others again.", "photo.png --strength 0.6 --class octopus"),
@@ -29,7 +29,7 @@ class OneLine(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands with their words, help and an example each."""
+    """All commands with their options, help and an example each."""
     top = OneLine(
         prog="flexvar",
         description="Visual autoregressive modelling at any size, aspect ratio and number of steps.",

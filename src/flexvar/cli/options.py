@@ -1,4 +1,4 @@
-"""Words that several commands have."""
+"""Options that several commands have."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from flexvar.schedule import NAMED
 
 Parser = argparse.ArgumentParser
+Words = argparse.Namespace
+"""What was said on the command line."""
 
 DEVICES = "cpu, cuda, cuda:1, mps (default: the accelerator, if there is one)"
 
@@ -70,12 +72,20 @@ def add_schedule(command: Parser) -> None:
 def add_device(command: Parser) -> None:
     command.add_argument("--device", help=DEVICES)
     add_dtype(command)
-    command.add_argument("--compile", action="store_true", help="prepare the model for speed first: pays for many pictures")
+    command.add_argument(
+        "--compile",
+        action="store_true",
+        help="prepare the model for speed first (CUDA, or float32 on a CPU with AVX-512): pays for many pictures",
+    )
 
 
 def add_dtype(command: Parser) -> None:
     choices = ["float32", "bfloat16", "float16", "int8"]
-    command.add_argument("--dtype", choices=choices, help="int8: faster, at a price (default: bfloat16 on CUDA, else float32)")
+    command.add_argument(
+        "--dtype",
+        choices=choices,
+        help="int8: a quarter of the memory, on most CPUs faster, at a price (default: bfloat16 on CUDA, else float32)",
+    )
 
 
 def add_model(command: Parser) -> None:
