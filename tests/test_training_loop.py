@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -260,6 +261,13 @@ def test_a_meter_averages_what_not_all_steps_have() -> None:
 
 def test_a_matrix_rate_is_one_of_this_century() -> None:
     assert 1e8 < matrix_rate(torch.device("cpu"), torch.float32) < 1e15
+
+
+def test_a_matrix_rate_of_slow_products_is_taken_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(0, 2)
+    monkeypatch.setattr("flexvar.training.meter.time.perf_counter", lambda: next(seconds))
+    assert matrix_rate(torch.device("cpu"), torch.float32) == 1024**3
+    assert next(seconds) == 4  # the clock was read twice
 
 
 def flexvar(*words: str, **options) -> subprocess.Popen:
