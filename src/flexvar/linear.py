@@ -113,7 +113,7 @@ def integer_product(out: int, columns: int, device_type: str) -> IntegerProduct:
     """
     if device_type != "cpu":
         return by_integers
-    rows, weight = (torch.full((count, columns), LARGEST, dtype=torch.int8) for count in (ROWS_TRIED, out))
+    rows, weight = (torch.full((count, columns), LARGEST, dtype=torch.int8, device="cpu") for count in (ROWS_TRIED, out))
     if not torch.equal(by_integers(rows, -weight), by_floats(rows, -weight)):
         return by_floats
     return min(by_integers, by_floats, key=lambda way: min(repeat(partial(way, rows, weight), number=1, repeat=3)))
