@@ -230,6 +230,40 @@ def test_begins_from_a_model_with_the_same_codes(tmp_path: Path, capsys) -> None
     assert "does not fit the config's model: encoder." in capsys.readouterr().err
 
 
+def test_the_decoder_alone_learns_to_paint_the_codes_that_are_there(tmp_path: Path, capsys) -> None:
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path))]) == 0
+    before = tmp_path / "tokenizer" / "model"
+    words = ["learns=decoder", "adversary.weight=0.5", "adversary.start=1", "adversary.channels=8", "adversary.layers=1", "smallest=8"]
+    for name, pieces in (("whole", [4]), ("pieces", [2, 4])):
+        config = tokenizer_config(tmp_path, name=name)
+        config.write_text(config.read_text().replace("restart_every: 2\n", ""))
+        for steps in pieces:
+            told = [f"init_from={before}", f"steps={steps}", "optimiser.flat=1", *words]
+            assert main(["train", "tokenizer", str(config), *told]) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "pieces")
+    assert not {"codebook", "commitment"} & reports(tmp_path / "whole")[-1].keys()  # nothing of them can learn
+    theirs, ours = (load(folder).tokenizer.state_dict() for folder in (before, tmp_path / "whole" / "model"))
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name]) != name.startswith(("decoder.", "after_codes.")), name
+
+
+def test_a_decoder_cannot_learn_codes_that_are_not_there(tmp_path: Path, capsys) -> None:
+    config = tokenizer_config(tmp_path)
+    config.write_text(config.read_text().replace("restart_every: 2\n", ""))
+    assert main(["train", "tokenizer", str(config), "steps=1"]) == 0
+    begun = f"init_from={tmp_path / 'tokenizer' / 'model'}"
+    for words, told in (
+        ([], "learns is decoder; name the tokenizer whose codes it is to paint as init_from"),
+        (
+            [begun, "continuous=0.25"],
+            "continuous means nothing to a run in which only the decoder learns; remove it",
+        ),
+        ([begun, "model.codebook_size=32"], "has other codes than the config's model: quantizer.codebook does not fit"),
+    ):
+        assert main(["train", "tokenizer", str(config), f"run={tmp_path / 'decoder'}", "learns=decoder", *words]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_beginning_from_a_deeper_model_leaves_nothing_out_unsaid(tmp_path: Path, capsys) -> None:
     assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), "model.blocks=2", "steps=1"]) == 0
     words = [f"init_from={tmp_path / 'tokenizer' / 'model'}", "steps=1"]

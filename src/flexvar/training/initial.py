@@ -79,7 +79,9 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
     """Copies the tensors in; those of a tokenizer's codes may be left as they are, all together."""
     ours = network.state_dict()
     fitting = {key: tensor for key, tensor in tensors.items() if key in ours and ours[key].shape == tensor.shape}
-    if any(key.startswith(CODES) and key not in fitting for key in ours):
+    if others := [key for key in ours if key.startswith(CODES) and key not in fitting]:
+        if not all(parameter.requires_grad for parameter in network.parameters()):
+            raise ValueError(f"{name} has other codes than the config's model: {others[0]} does not fit, and only the decoder learns")
         fitting = {key: tensor for key, tensor in fitting.items() if not key.startswith(CODES)}
         warn(f"{name} has other codes; they begin anew, beside its encoder and decoder")
     for key in ours:

@@ -202,6 +202,7 @@ class TokenizerRun(RunConfig):
     """Training a tokenizer (paper, section 3.1)."""
 
     model: TokenizerShape = field(default_factory=TokenizerShape)
+    learns: Literal["all", "decoder"] = "all"  # decoder: encoder and codes stay as they are, and fit what was trained on them
     scales: int = 5  # K: random scales a step, the last of them the native one
     target: Literal["area", "bicubic"] = "area"  # how a picture is reduced to the pixels of a coarser scale
     l1: float = 0.0
@@ -227,6 +228,10 @@ class TokenizerRun(RunConfig):
             raise ValueError(f"adversary.start is {self.adversary.start} of {self.steps} steps; lower it, or set adversary.weight=0")
         if self.data.kind == "features":
             raise ValueError("data.kind is features; a tokenizer is trained on pictures")
+        if self.learns == "decoder":
+            if not self.init_from:
+                raise ValueError("learns is decoder; name the tokenizer whose codes it is to paint as init_from, or set learns=all")
+            _demand_unset(self, "codebook commitment entropy gradient continuous restart_every", "a run in which only the decoder learns")
 
 
 @dataclass

@@ -45,6 +45,10 @@ class TokenizerWorkshop(Workshop):
         self.used = torch.zeros(config.model.codebook_size)  # since unused codes were last looked for; each process counts its own share
         self.latest = torch.empty(0)  # feature vectors (B, L, C) of the last batch, of all scales, from which codes start anew
         self.continuous = round(config.continuous * config.steps)  # steps before codes take the place of features
+        self.codes_learn = config.learns == "all"
+        if not self.codes_learn:
+            for part in (self.tokenizer.encoder, self.tokenizer.before_codes, self.tokenizer.quantizer):
+                part.requires_grad_(False)
 
     def _adversary(self) -> Discriminator | None:
         asked = self.config.adversary
@@ -91,9 +95,10 @@ class TokenizerWorkshop(Workshop):
             through = losses.past_codes(z, e, config.gradient) if quantising else z
             rebuilt = network.decode_vectors(through.permute(0, 3, 1, 2)).float()  # (B, 3, h·f, w·f)
             target = losses.reduced(images, (rebuilt.shape[-2], rebuilt.shape[-1]), config.target)
-            towards_features, towards_codes = losses.commitment(z, e)
-            scale = {"l1": F.l1_loss(rebuilt, target), "l2": F.mse_loss(rebuilt, target), "codebook": towards_features}
-            scale["commitment"] = towards_codes * quantising
+            scale = {"l1": F.l1_loss(rebuilt, target), "l2": F.mse_loss(rebuilt, target)}
+            if self.codes_learn:
+                scale["codebook"], towards_codes = losses.commitment(z, e)
+                scale["commitment"] = towards_codes * quantising
             if config.entropy:
                 scale["entropy"] = losses.entropy(z, network.quantizer.codebook)
             if self.frozen or self._opposed(network, batch.step):
@@ -166,7 +171,7 @@ class TokenizerWorkshop(Workshop):
     @torch.no_grad()
     def after_step(self, step: int, optimiser: torch.optim.Optimizer) -> None:
         every = self.config.restart_every
-        if not every or step % every:
+        if not self.codes_learn or not every or step % every:
             return
         unused = (self._used_anywhere() == 0).nonzero()[:, 0]
         self.used.zero_()
