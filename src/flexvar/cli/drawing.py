@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from flexvar.editing import Edit
     from flexvar.generation import Step
     from flexvar.pipeline import FlexVARPipeline
     from flexvar.sampling import Greedy
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 
 def run_sample(words: Words) -> None:
     from flexvar.pipeline import FlexVARPipeline
-    from flexvar.progress import progress, within
-    from flexvar.schedule import Schedule
+    from flexvar.progress import progress
     from flexvar.sheet import in_rows, sheet
 
     pipe = FlexVARPipeline.from_pretrained(words.model)
@@ -29,26 +29,19 @@ def run_sample(words: Words) -> None:
     planned = [words.out / (stem + ending) for stem in stems for ending in endings] + ([words.out / "grid.png"] if words.grid else [])
     _refuse_existing(planned, words.overwrite)
     settings = {"height": words.height, "width": words.width, **settings_of(words)}
-    guidance, sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
-    scales = len(pipe.settings.schedule_of(**settings))
     dtype = move(pipe, words)
     pictures: list[Image.Image] = []
-    for start in progress(range(0, len(labels), words.batch), "drawing"):
-        part = slice(start, start + words.batch)
-        drawing = pipe.stream(asked[part], seed=seeds[part], **settings)  # complains of wrong settings at once
-        _make_folder(words.out)
-        steps = list(within(drawing, scales, "scales"))
-        for i, picture in enumerate(_painted(steps[-1])):
-            stem, seed = stems[start + i], seeds[start + i]
-            facts = {"model": words.model, "class": pipe.class_name(labels[start + i]), "seed": seed, "dtype": dtype}
-            facts |= {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
-            _save_picture(picture, words.out / f"{stem}.png", facts)
+    for part in progress(_parts(labels, words.batch), "drawing"):
+        steps, how = _drawn(pipe, words, asked[part], seeds[part], settings)
+        for i, picture in enumerate(_painted(steps[-1]), part.start):
+            facts = {"model": words.model, "class": pipe.class_name(labels[i]), "seed": seeds[i], "dtype": dtype}
+            _save_picture(picture, words.out / f"{stems[i]}.png", facts | how)
             pictures.append(picture)
         if words.strip:
-            for i, strip in enumerate(zip(*(_painted(step) for step in steps), strict=True)):
+            for i, strip in enumerate(zip(*(_painted(step) for step in steps), strict=True), part.start):
                 row = [scale.resize(strip[-1].size, resample=0) for scale in strip]
                 caption = [f"{h} x {w}" for h, w in (step.size for step in steps)]
-                _save_picture(sheet([row], [caption]), words.out / f"{stems[start + i]}-strip.png")
+                _save_picture(sheet([row], [caption]), words.out / f"{stems[i]}-strip.png")
     if words.grid:
         columns = words.count if words.count > 1 else max(1, round(len(pictures) ** 0.5))
         captions = in_rows([pipe.class_name(label) for label in labels], columns)
@@ -61,15 +54,13 @@ def run_edit(words: Words) -> None:
     from flexvar import editing
     from flexvar.data.given import over_white, pictures_of, read_given
     from flexvar.pipeline import FlexVARPipeline
-    from flexvar.progress import progress, within
-    from flexvar.schedule import Schedule
+    from flexvar.progress import progress
     from flexvar.sheet import sheet, to_pil
 
     operation = words.command_name
     pipe = FlexVARPipeline.from_pretrained(words.model)
     asked, labels, seeds, names = _asked(pipe, words)
     settings = settings_of(words)
-    guidance, sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
     stems = {image: [f"{Path(image).stem}-{operation}-{name}" for name in names] for image in words.images}
     planned = [words.out / f"{stem}.png" for image in stems for stem in stems[image]]
     sheets = {image: words.out / f"{Path(image).stem}-{operation}-sheet.png" for image in stems} if words.sheet else {}
@@ -83,18 +74,13 @@ def run_edit(words: Words) -> None:
     dtype = move(pipe, words)
     for image in progress(list(stems), "editing"):
         finished: list[Image.Image] = []
-        scales = len(pipe.settings.schedule_of(edit=edits[image], **settings))
-        for start in range(0, len(labels), words.batch):
-            part = slice(start, start + words.batch)
-            drawing = pipe.stream(asked[part], edit=edits[image], seed=seeds[part], **settings)  # complains of wrong settings at once
-            _make_folder(words.out)
-            steps = list(within(drawing, scales, "scales"))
-            facts = {"model": words.model, "edit": operation, "of": Path(image).name, "dtype": dtype}
-            facts |= {name: value for name, value in own.items() if name != "mask"}
-            facts |= {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
-            for i, picture in enumerate(_painted(steps[-1]), start):
-                facts |= {"class": pipe.class_name(labels[i]), "seed": seeds[i]}
-                _save_picture(picture, words.out / f"{stems[image][i]}.png", facts)
+        facts = {"model": words.model, "edit": operation, "of": Path(image).name, "dtype": dtype}
+        facts |= {name: value for name, value in own.items() if name != "mask"}
+        for part in _parts(labels, words.batch):
+            steps, how = _drawn(pipe, words, asked[part], seeds[part], settings, edits[image])
+            for i, picture in enumerate(_painted(steps[-1]), part.start):
+                what = {"class": pipe.class_name(labels[i]), "seed": seeds[i]}
+                _save_picture(picture, words.out / f"{stems[image][i]}.png", facts | how | what)
                 finished.append(picture)
         if words.sheet:
             white = edits[image].white
@@ -116,6 +102,25 @@ def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[
     asked = [word for word in words.classes or [None] for _ in range(words.count)]
     labels, seeds = pipe.labels_of(asked), seeds_of(words.seed, len(asked))
     return asked, labels, seeds, [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
+
+
+def _parts(labels: Sequence[int], batch: int) -> list[slice]:
+    """Those that are drawn at the same time."""
+    return [slice(start, start + batch) for start in range(0, len(labels), batch)]
+
+
+def _drawn(
+    pipe: FlexVARPipeline, words: Words, asked: list[str | None], seeds: list[int], settings: dict[str, Any], edit: Edit | None = None
+) -> tuple[list[Step], dict[str, Any]]:
+    """The steps of some pictures, and how they were drawn, to be kept in their files."""
+    from flexvar.progress import within
+    from flexvar.schedule import Schedule
+
+    drawing = pipe.stream(asked, edit=edit, seed=seeds, **settings)  # complains of wrong settings at once
+    _make_folder(words.out)
+    steps = list(within(drawing, len(pipe.settings.schedule_of(edit=edit, **settings)), "scales"))
+    guidance, sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
+    return steps, {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
 
 
 def settings_of(words: Words) -> dict[str, Any]:
