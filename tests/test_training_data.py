@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 import warnings
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from PIL import Image
 from flexvar.checkpoint import load, save
 from flexvar.cli import main
 from flexvar.data import FeatureCache, Shapes
-from flexvar.data.shards import TarShards
+from flexvar.data.shards import Sample, ShardSource, TarShards
+from flexvar.training.config import read_config
 from flexvar.training.order import Batch, Steps, picture_at
-from flexvar.training.pictures import batches_of
+from flexvar.training.pictures import batches_of, measured_batches
 from flexvar.training.settings import TokenizerRun
 from flexvar.training.start import _same_classes
 from flexvar.training.stream import PICTURES_A_SHARD, Stream
@@ -53,6 +55,15 @@ def test_parts_of_a_batch() -> None:
     assert [part.positions for part in parts] == [(12, 13), (14, 15), (16, 17)]
     assert torch.equal(torch.cat([part.pictures for part in parts]), batch.pictures)
     assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
+
+
+def test_what_is_measured_on_comes_in_parts_no_larger_than_those_of_a_step(tmp_path: Path) -> None:
+    config = read_config(TokenizerRun, tokenizer_config(tmp_path), ["batch=24", "accumulate=3", "measure=2"])
+    whole = measured_batches(Shapes(views=3), read_config(TokenizerRun, tokenizer_config(tmp_path), ["batch=24", "measure=2"]), 1)
+    parts = measured_batches(Shapes(views=3), config, 2)
+    assert [len(batch.positions) for batch in whole] == [24, 24]
+    assert [len(batch.positions) for batch in parts] == [4] * 12
+    assert torch.equal(torch.cat([batch.labels for batch in parts]), torch.cat([batch.labels for batch in whole]))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +104,31 @@ def test_a_stream_reads_every_shard_once_an_epoch(processes: int, shards: Path) 
         assert sorted(pictures) == list(range(25))
     orders = [tuple(read[place]) for place in read]
     assert len(set(orders)) > 5  # another order each epoch
+
+
+def test_shards_without_pictures_are_passed_over_however_often_a_reader_meets_them(tmp_path: Path) -> None:
+    """Of three shards and two readers, one meets the empty shard several times in a row."""
+
+    class Three(ShardSource):
+        class_names = ("grey",)
+        shards = 3
+        unreadable = ()
+
+        def read(self, shard: int) -> Iterator[Sample]:
+            yield from [] if shard == empty else [Sample(lambda: Image.new("RGB", (2, 2)), 0) for _ in range(20)]
+
+        def fit(self, picture: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+            return np.zeros((*size, 3), np.uint8)
+
+    empty = 2
+    for seed in range(5):
+        for rank in (0, 1):
+            places = [batch.shard for batch in islice(Stream(Three(), seed, 8, [(2, 2)], rank, 2), 1000)]
+            assert len(set(places)) > 100
+            assert all(picture_at(seed, place, 3) != empty for place in places)
+    Three.read = lambda *_: iter(())  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="none of the shards holds a picture"):
+        next(iter(Stream(Three(), 0, 8, [(2, 2)])))
 
 
 def test_a_stream_goes_on_at_a_shard(shards: Path) -> None:
@@ -247,11 +283,19 @@ def test_one_class_means_no_class(tmp_path: Path, capsys) -> None:
     assert main(["data", "shapes", str(tmp_path / "shapes"), "--count", "3", "--height", "20", "--width", "20"]) == 0
     data = [f"data={{kind: folder, path: {tmp_path / 'shapes' / 'star'}}}"]
     assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), *data]) == 0
-    assert main(["train", "transformer", str(transformer_config(tmp_path, tmp_path / "tokenizer" / "model")), *data]) == 0
+    config = str(transformer_config(tmp_path, tmp_path / "tokenizer" / "model"))
+    assert main(["train", "transformer", config, *data, "steps=1", "optimiser.learning_rate=1e-12"]) == 0
+    before = newest_state(tmp_path / "transformer")["workshop"]["transformer.class_embedding.weight"].clone()
+    assert main(["train", "transformer", config, *data]) == 0
     model = tmp_path / "transformer" / "model"
     assert load(model).class_names == ("star",)
-    assert main(["sample", "--model", str(model), "--height", "16", "--width", "16", "--out", str(tmp_path / "out")]) == 0
+    learnt = newest_state(tmp_path / "transformer")["workshop"]["transformer.class_embedding.weight"]
+    assert torch.equal(learnt[0], learnt[1])  # naming the class changes nothing
+    assert learnt[1].sub(before[1]).abs().max() > 0.01  # four steps of 1e-2: what is drawn without a class is what learns
+    for words in ([], ["star"]):
+        assert main(["sample", *words, "--model", str(model), "--height", "16", "--width", "16", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "unconditional-seed0.png").is_file()
+    assert (tmp_path / "out" / "star-seed0.png").is_file()
 
 
 def test_fine_tuning_on_other_classes(tokenizer: Path, tmp_path: Path, capsys) -> None:
@@ -263,6 +307,7 @@ def test_fine_tuning_on_other_classes(tokenizer: Path, tmp_path: Path, capsys) -
     still = ["steps=1", "optimiser.learning_rate=1e-12", "optimiser.weight_decay=0", f"data={{kind: folder, path: {tmp_path / 'shapes'}}}"]
     words = [f"init_from={tmp_path / 'transformer' / 'model'}", *still]
     assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer, name="tuned")), *words, "model.table_side=12"]) == 0
+    assert "knows 9 of the 10 classes by name; the others begin as its null class" in capsys.readouterr().err
     model = load(tmp_path / "tuned" / "model")
     tuned, names = model.transformer, model.class_names
     ours, theirs = tuned.class_embedding.weight, first.class_embedding.weight

@@ -41,6 +41,8 @@ def assert_alike(one: Path, two: Path) -> None:
     for ours, theirs in zip(reports(one), reports(two), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+    for ours, theirs in zip(measurements(one), measurements(two), strict=True):
+        assert ours["measured"]["loss"] == pytest.approx(theirs["measured"]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def begin_from(name: str, network: nn.Module, class_names: Sequence[str]) -> Non
     if model.transformer is None:
         raise ValueError(f"{name} holds a tokenizer only; name a model with a transformer to begin from")
     tensors = dict(model.transformer.state_dict())
-    tensors["class_embedding.weight"] = _classes(tensors["class_embedding.weight"], model.class_names, class_names)
+    tensors["class_embedding.weight"] = _classes(name, tensors["class_embedding.weight"], model.class_names, class_names)
     side = network.config.table_side
     if model.transformer.config.table_side != side:
         tensors["positions"] = resample(tensors["positions"], (side, side), "smooth").T.unflatten(1, (side, side))
@@ -94,10 +94,13 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
     network.load_state_dict(fitting, strict=False)
 
 
-def _classes(embedding: Tensor, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
-    """The class embedding (classes + 1, D) for our classes, from one for theirs; the last row of both is the null class."""
+def _classes(name: str, embedding: Tensor, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
+    """The class embedding (classes + 1, D) for our classes, from the one for theirs of the model `name`; the last row is the null class."""
     if not theirs and len(embedding) == len(ours) + 1:
         return embedding  # classes without names are matched by their order
     null = embedding[-1]
     rows = dict(zip(theirs, embedding, strict=False))
-    return torch.stack([*(rows.get(name, null) for name in ours), null])
+    known = len(rows.keys() & set(ours))
+    if known < len(ours) and len(ours) > 1:  # a single class is not told apart from none
+        warn(f"{name} knows {known} of the {len(ours)} classes by name; the others begin as its null class")
+    return torch.stack([*(rows.get(own, null) for own in ours), null])

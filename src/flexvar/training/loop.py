@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flexvar.data.images import count_of_unreadable
+from flexvar.memory import is_out_of_memory
 from flexvar.processes import MOST_WORKERS
 from flexvar.training.meter import Meter, Work, matrix_rate, nested
 from flexvar.training.optimiser import learning_rate, parameter_groups, precision
@@ -72,8 +73,10 @@ class _Run:
     """The state of one run on one process."""
 
     def __init__(self, workshop: Workshop, data: Data, config: RunConfig, rank: int, world: int, device: torch.device) -> None:
-        if (share := shared(config.batch, world)) % config.accumulate:
-            raise ValueError(f"a process's share of {share} pictures cannot be worked off in {config.accumulate} parts; make it a multiple")
+        self.share = shared(config.batch, world)
+        if self.share % config.accumulate:
+            what = f"a process's share of {self.share} pictures cannot be worked off in {config.accumulate} parts"
+            raise ValueError(f"{what}; make it a multiple")
         self.config, self.rank, self.device = config, rank, device
         self.folder = RunFolder(Path(config.run), config.keep)
         self.workshop, self.network = workshop.to(device), workshop.network
@@ -117,6 +120,13 @@ class _Run:
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._take_steps(_fetched(self.data.batches(self.step, self.config.steps, self.first_shard)), bar)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"not enough memory for {self.share} pictures in accumulate={self.config.accumulate} parts: take more, smaller sizes or, "
+                "for a transformer, recompute=true; the same command goes on from its last checkpoint"
+            ) from error
         finally:
             bar.close()
             self.wrapped = self.workshop  # with nothing that holds the group of processes, even where an error holds this run
@@ -308,6 +318,8 @@ class _Run:
             changed = self.folder.begin(self.config, self.step)
             if changed and self.step:
                 self._say(f"{self.folder.path} goes on at step {self.step} with other settings than before: {', '.join(changed)}")
+                if "batch" in changed:  # since the place in the data is the step times the batch
+                    self._say(f"with another batch it goes on at another place in the data, picture {self.step * self.config.batch}")
 
     def _load(self, path: Path) -> None:
         state = self.folder.read(path, mapped=self.device.type != "cpu")

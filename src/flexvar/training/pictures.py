@@ -19,7 +19,7 @@ from flexvar.data.features import SETTINGS
 from flexvar.data.shards import ShardSource, TarShards
 from flexvar.processes import MOST_WORKERS
 from flexvar.training.loop import Batches
-from flexvar.training.order import Batch, Steps
+from flexvar.training.order import Batch, Steps, shared
 from flexvar.training.settings import DataConfig, RunConfig, TokenizerRun
 from flexvar.training.stream import Stream
 
@@ -109,13 +109,17 @@ def _leave_signals_to_the_loop(_: int) -> None:
         os.setpgrp()
 
 
-def measured_batches(source: PictureSource | ShardSource, config: RunConfig) -> list[Batch]:
-    """The same few batches of pictures at every measurement."""
+def measured_batches(source: PictureSource | ShardSource, config: RunConfig, world: int) -> list[Batch]:
+    """The same few batches of pictures at every measurement, in parts no larger than those that a process trains on at a time."""
     size = min(config.batch, MEASURED_AT_ONCE)
     if isinstance(source, PictureSource):
         steps = Steps(source, config.seed + UNSEEN, size, config.sizes)
-        return [steps[i] for i in range(config.measure)]
-    return list(islice(Stream(source, config.seed + UNSEEN, size, config.sizes, shuffle=config.data.shuffle), config.measure))
+        batches = [steps[i] for i in range(config.measure)]
+    else:
+        batches = list(islice(Stream(source, config.seed + UNSEEN, size, config.sizes, shuffle=config.data.shuffle), config.measure))
+    at_once = max(1, shared(config.batch, world) // config.accumulate)
+    parts = next(count for count in range(1, size + 1) if size % count == 0 and size // count <= at_once)
+    return [part for batch in batches for part in batch.parts(parts)]
 
 
 def examples(source: PictureSource | ShardSource, config: TokenizerRun) -> torch.Tensor:

@@ -59,7 +59,7 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
             begin_from(config.init_from, workshop.network, source.class_names)
         data = Data(
             batches=batches_of(source, config, reading_processes(config, device), rank, world),
-            held_out=measured_batches(held_out, config) if held_out and rank == 0 else [],
+            held_out=measured_batches(held_out, config, world) if held_out and rank == 0 else [],
             pictures=len(source) if isinstance(source, PictureSource) else 0,
             class_names=source.class_names if isinstance(config, TransformerRun) else (),
         )

@@ -64,15 +64,16 @@ class Stream(IterableDataset[Batch]):
     def _pictures(self, first: int, lanes: int) -> Iterator[tuple[int, Image.Image, int]]:
         """The readable pictures of every `lanes`-th shard from the place `first` on: position, picture, label. Endless.
 
-        ValueError when as many shards as there are have passed without one.
+        ValueError when all shards, read one after the other, had none.
         """
-        place, empty = first, 0
-        while empty < self.source.shards:
-            empty += 1
-            samples = self.source.read(picture_at(self.seed, place, self.source.shards))
+        place, empty = first, set[int]()  # a lane meets the same shard again before it has met all of them
+        while len(empty) < self.source.shards:
+            shard = picture_at(self.seed, place, self.source.shards)
+            empty.add(shard)
+            samples = self.source.read(shard)
             for number, sample in enumerate(shuffled(samples, position_random(self.seed, place, SHUFFLE), self.shuffle)):
                 if (picture := sample.open()) is not None:
-                    empty = 0
+                    empty.clear()
                     yield place * PICTURES_A_SHARD + number, picture, sample.label
             place += lanes
         raise ValueError("none of the shards holds a picture that can be read; check data.path")

@@ -193,10 +193,10 @@ class TokenizerWorkshop(Workshop):
         assert isinstance(network, Tokenizer)
         by_size: dict[Size, list[Tensor]] = {}
         for batch in batches:
-            by_size.setdefault((batch.pictures.shape[-2], batch.pictures.shape[-1]), []).append(batch.pictures / 127.5 - 1)
-        images = max(by_size.values(), key=len)  # of the size that came most often
-        grid = grid_of(images[0].shape[-2], images[0].shape[-1], network.config.downsample)
-        scales = quality_by_scale(network, images, Schedule.for_grid(*grid))
+            by_size.setdefault((batch.pictures.shape[-2], batch.pictures.shape[-1]), []).append(batch.pictures)
+        size, pictures = max(by_size.items(), key=lambda item: len(item[1]))  # of the size that came most often
+        grid = grid_of(*size, network.config.downsample)
+        scales = quality_by_scale(network, (part / 127.5 - 1 for part in pictures), Schedule.for_grid(*grid))
         by_scale = {f"{h}x{w}": scale.means() for scale in scales for h, w in [scale.size]}
         return {"loss": by_scale["x".join(map(str, grid))]["l1"], "use": use_of_all(scales), "by_scale": by_scale}
 

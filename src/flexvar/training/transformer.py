@@ -43,6 +43,7 @@ class TransformerWorkshop(Workshop):
             TransformerConfig(**shape, classes=len(class_names), codebook_size=painted.codebook_size, code_width=painted.code_width)
         )
         self.transformer.initialise(config.gain_factor)
+        self.unconditional = len(class_names) == 1
 
     @property
     def network(self) -> Transformer:
@@ -102,7 +103,9 @@ class TransformerWorkshop(Workshop):
         return Work(pictures * schedule.tokens, training_flops(self.transformer.config, schedule, pictures))
 
     def _labels(self, batch: Batch) -> Tensor:
-        """The labels, some of them dropped for the null class."""
+        """The labels, some of them dropped for the null class; all of them where there is one class, which says nothing."""
+        if self.unconditional:
+            return torch.full_like(batch.labels, self.transformer.config.null_class)
         chances = [position_random(self.config.seed, position, LABEL).random() for position in batch.positions]
         dropped = torch.tensor([chance < self.config.label_drop for chance in chances], device=batch.labels.device)
         return torch.where(dropped, self.transformer.config.null_class, batch.labels)
@@ -117,6 +120,12 @@ class TransformerWorkshop(Workshop):
         chance = torch.stack([torch.from_numpy(c) for c in chances], -1)
         return ((chance >= rates) / (1 - rates)).to(batch.pictures.device, torch.float32)
 
+    @torch.no_grad()
+    def after_step(self, step: int, optimiser: torch.optim.Optimizer) -> None:
+        """A single class is the same as none, and is drawn the same."""
+        if self.unconditional:
+            self.transformer.class_embedding.weight[0] = self.transformer.class_embedding.weight[-1]
+
     # -- what is seen of it --
 
     def measured(self, network: nn.Module, batches: list[Batch]) -> dict[str, Any]:
@@ -129,8 +138,9 @@ class TransformerWorkshop(Workshop):
     def sheet(self, network: nn.Module, out: BinaryIO) -> None:
         """Samples at fixed seeds: a row for each of the picture sizes, all of `sheet_labels`."""
         assert isinstance(network, Transformer)
-        defaults, classes = self._defaults(), network.config.classes
-        labels = [label for label in self.config.sheet_labels if label < classes] or [network.config.null_class]
+        defaults, null_class = self._defaults(), network.config.null_class
+        named = [label for label in self.config.sheet_labels if label < null_class and not self.unconditional]
+        labels = named or [null_class] * len(self.config.sheet_labels)
         rows = []
         for grid in dict.fromkeys(self._drawn((height, width)) for height, width in self.config.sizes):
             *_, last = generate(
