@@ -2,7 +2,7 @@
 
 `python -m benchmarks.training [--depth 16 --batch 4 --steps 3 --device cpu --dtype float32 --attention by-scale --recompute --profile]`
 
-The whole step as the trainer does it from cached features: codes, inputs, forward, cross-entropy and accuracy, backward, clipping, AdamW,
+The whole step from cached features: the trainer's own loss with its figures by scale, dropped labels and paths, backward, clipping, AdamW,
 averaged weights; first on the schedule named, then on random ones of the paper's policy. Features and weights are random. FLOPs are by
 `flexvar.accounting.training_flops`; the share is theirs of the device's matrix rate, the better of before and after. `--profile` tells
 how much of one step's time goes into products of matrices, convolutions and attention (CPU time on a CPU, kernel time on a GPU).
@@ -20,14 +20,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
+from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.attention import NAMES
-from flexvar import Schedule, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from flexvar import Schedule, Tokenizer, TokenizerConfig
 from flexvar.accounting import training_flops
 from flexvar.attention import AttentionName
 from flexvar.processes import keep_memory
@@ -43,33 +43,41 @@ class Training:
     """All that a run holds while it trains."""
 
     def __init__(self, depth: int, batch: int, device: torch.device, dtype: torch.dtype, attention: AttentionName, recompute: bool) -> None:
+        from flexvar.checkpoint import Model  # here, since these need Pillow and safetensors
+        from flexvar.training.optimiser import parameter_groups
+        from flexvar.training.settings import TransformerRun, TransformerShape
+        from flexvar.training.transformer import TransformerWorkshop
+
         self.batch, self.device, self.dtype = batch, device, dtype
-        self.attention, self.recompute = attention, recompute
-        self.config = TransformerConfig(depth=depth)
-        self.tokenizer = Tokenizer(TokenizerConfig(channels=8)).to(device).requires_grad_(False)  # of which only the codebook is used
-        self.network = Transformer(self.config).to(device)
-        self.average = copy.deepcopy(self.network).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+        shape = TransformerShape(depth=depth, positions="area", trained_grid=16)
+        run = TransformerRun(model=shape, attention=attention, recompute=recompute, drop_path=0.1 * depth / 24)
+        tokenizer = Tokenizer(TokenizerConfig(channels=8)).requires_grad_(False)  # of which only the codebook is used
+        self.workshop = TransformerWorkshop(run, Model(tokenizer), tuple(map(str, range(1000)))).to(device).train()
+        self.config = self.workshop.transformer.config
+        self.average = copy.deepcopy(self.workshop.network).requires_grad_(False)
+        self.optimiser = torch.optim.AdamW(parameter_groups(self.workshop, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        self.steps = 0
 
     def step(self, schedule: Schedule) -> None:
-        """One step on a batch of random feature maps."""
-        features = torch.randn(self.batch, self.config.code_width, *schedule[-1], device=self.device)
+        """One step on a batch of random feature maps, on this schedule."""
+        from flexvar.training.order import Batch
+
+        features = torch.randn(self.batch, self.config.code_width, *schedule[-1], device=self.device).half()
         labels = torch.randint(self.config.classes, (self.batch,), device=self.device)
-        with torch.no_grad():
-            codes = self.tokenizer.codes(features, schedule)
-            inputs = self.tokenizer.inputs(codes, schedule)  # (B, L - first, C)
-        targets = torch.cat([scale.flatten(1) for scale in codes], 1)  # (B, L)
+        positions = range(self.steps * self.batch, (self.steps + 1) * self.batch)
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.network(labels, inputs, schedule, attention=self.attention, recompute=self.recompute)  # (B, L, V)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)  # (B, L)
-        right = (logits.detach().argmax(-1) == targets).float()
-        losses.mean().backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 2.0)
+        with (
+            patch.object(self.workshop, "_schedule", lambda *_: schedule),
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
+        ):
+            loss, figures = self.workshop(Batch(self.steps, features, labels, tuple(positions)))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.workshop.parameters(), 2.0)
         self.optimiser.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1e-3)
-        right.mean().item()  # waits for the device
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.workshop.network.parameters()), 1e-3)
+        figures["loss"].item()  # waits for the device
+        self.steps += 1
 
 
 @dataclass(frozen=True)
@@ -124,8 +132,8 @@ def main() -> None:
     print(f"{'schedule':<20}{'step s':>8}   {'spread':<18}{'tokens/s':>11}{'TFLOP/s':>10}{'share':>8}")
     for name, one in measured.items():
         print(one.line(name, rate))
-    if words.profile:
-        print_profile(training, schedule)
+    for profiled in [schedule, *others[:1]] if words.profile else []:
+        print_profile(training, profiled)
 
 
 def measure(training: Training, schedules: Sequence[Schedule]) -> Measured:
@@ -166,7 +174,8 @@ def print_profile(training: Training, schedule: Schedule) -> None:
     times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6 for event in events}
     total = sum(times.values())
     products = {key: seconds for key, seconds in times.items() if PRODUCTS.fullmatch(key)}
-    print(f"of {total:.2f} s, products of matrices, convolutions and attention take {sum(products.values()) / total:.1%}:")
+    share = sum(products.values()) / total
+    print(f"a step on {schedule.tokens} tokens: of {total:.2f} s, products of matrices, convolutions and attention take {share:.1%}:")
     dearest = sorted(times, key=lambda key: -times[key])
     shown = [key for key in dearest if key in products and times[key] > 1e-3 * total]
     for key in [*shown, "", *[key for key in dearest if key not in products][:10]]:
