@@ -256,8 +256,13 @@ def test_the_table_names_every_part_and_adds_up() -> None:
 
 
 def test_an_empty_batch_is_an_error() -> None:
-    with pytest.raises(ValueError, match="give 1 or more"):
-        released(16, "10", batch=0)
+    for words, complaint in (
+        ({"batch": 0}, "batch is 0; give 1 or more"),
+        ({"batch": 1.5}, "batch is 1.5; give 1 or more"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16'; give one of torch's"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            released(16, "10", **words)
 
 
 @pytest.mark.parametrize("shared", [False, True])

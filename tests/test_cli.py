@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
+import pkgutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,58 @@ def test_sample(model: str, tmp_path: Path, capsys) -> None:
     assert "top_p=0.95" in picture.text["sampling"]
     same = FlexVARPipeline.from_pretrained(model)("cat face", height=8, width=24, seed=9).images[0]
     assert np.array_equal(np.asarray(picture), np.asarray(same))
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_drawn_pictures_are_kept_for_the_grid_alone(model: str, tmp_path: Path, monkeypatch, grid: bool) -> None:
+    seen = watched(monkeypatch, "flexvar.sheet.to_pil")
+    words = ["sample", "pizza", "--model", model, "--count", "6", "--batch", "1", "--out", str(tmp_path)]
+    assert main([*words, *(["--grid"] if grid else [])]) == 0
+    assert max(seen) == (5 if grid else 1)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """How many of the results of a function are still there, at each of its calls."""
+    module, _, function = name.rpartition(".")
+    work, there, counts = getattr(pkgutil.resolve_name(module), function), [], []
+
+    def watching(*arguments, **keywords):
+        counts.append(sum(result() is not None for result in there))
+        result = work(*arguments, **keywords)
+        there.extend(weakref.ref(one) for one in (result if isinstance(result, list) else [result]))
+        return result
+
+    monkeypatch.setattr(name, watching)
+    return counts
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder in which not even root can make one")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sample", "pizza", "--out", "/proc/out"], "the folder /proc/out could not be made ("),
+        (["edit", "refine", "photo.png", "--out", "/proc/out"], "the folder /proc/out could not be made ("),
+        (["sample", "pizza", "--out", "/proc"], "/proc/pizza-seed0.png could not be written ("),
+        (["data", "shapes", "/proc/out"], "/proc/out could not be written ("),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_told_with_a_mend(
+    model: str, photo: str, tmp_path: Path, capsys, monkeypatch, words: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, *([] if words[0] == "data" else ["--model", model])]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"flexvar: {told}")
+    assert "choose another" in error
+    assert "unfinished" not in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_before_the_model_is_moved(model: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("flexvar.cli.drawing.move", lambda *_: pytest.fail("it was moved"))
+    assert main(["sample", "pizza", "--model", model, "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"flexvar: {tmp_path / 'file'} is a file; choose another --out\n"
 
 
 def test_nothing_is_overwritten_unasked(model: str, tmp_path: Path, capsys) -> None:
@@ -365,6 +420,7 @@ def test_edit(model: str, photo: str, tmp_path: Path, capsys, monkeypatch, name:
         (["refine", "photo.png", "--strength", "2"], "strength is 2.0"),
         (["refine", "photo.png", "--count", "0"], "--count is 0"),
         (["refine", "photo.png", "photo.png", "other/photo.png"], "two pictures have the same name"),
+        (["refine", "photo.png", "broken.png"], "broken.png is not an image"),
     ],
 )
 def test_bad_edits(model: str, photo: str, tmp_path: Path, capsys, monkeypatch, words: list[str], complaint: str) -> None:
@@ -375,3 +431,37 @@ def test_bad_edits(model: str, photo: str, tmp_path: Path, capsys, monkeypatch, 
     assert complaint in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_of_several_pictures_one_edit_is_kept_at_a_time(model: str, photo: str, tmp_path: Path, monkeypatch) -> None:
+    for i in range(5):
+        Image.open(photo).save(tmp_path / f"{i}.png")
+    edits, drawn = watched(monkeypatch, "flexvar.pipeline.FlexVARPipeline.edit_of"), watched(monkeypatch, "flexvar.sheet.to_pil")
+    words = ["edit", "inpaint", *(str(tmp_path / f"{i}.png") for i in range(5)), "--mask", str(tmp_path / "mask.png"), "--batch", "1"]
+    assert main([*words, "--model", model, "--count", "3", "--out", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 15
+    assert (max(edits), max(drawn)) == (1, 1)
+
+
+def test_the_edit_of_one_picture_is_made_once(model: str, photo: str, tmp_path: Path, monkeypatch) -> None:
+    edits = watched(monkeypatch, "flexvar.pipeline.FlexVARPipeline.edit_of")
+    assert main(["edit", "refine", photo, "--model", model, "--sheet", "--out", str(tmp_path / "out")]) == 0
+    assert edits == [0]
+
+
+@pytest.mark.parametrize("stem", ["a" * 200, "\u732b" * 70], ids=["ascii", "3 bytes a letter"])
+def test_long_names_are_edited(model: str, photo: str, tmp_path: Path, stem: str) -> None:
+    os.rename(photo, tmp_path / f"{stem}.png")
+    assert main(["edit", "refine", str(tmp_path / f"{stem}.png"), "--model", model, "--out", str(tmp_path / "out")]) == 0
+    assert os.listdir(tmp_path / "out") == [f"{stem}-refine-unconditional-seed0.png"]
+
+
+def test_a_name_that_is_no_text_is_edited(model: str, photo: str, tmp_path: Path, capsys) -> None:
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    try:
+        os.rename(photo, named)
+    except OSError:
+        pytest.skip("this disk takes no such names")
+    assert main(["edit", "refine", str(named), "--model", model, "--sheet", "--out", str(tmp_path / "out")]) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == ["?-refine-unconditional-seed0.png", "?-refine-sheet.png"]
+    assert Image.open(tmp_path / "out" / f"{named.stem}-refine-unconditional-seed0.png").text["of"] == "?.png"

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flexvar.data.images import ImageFolder, _Names, imagenet_classes, open_picture
+from flexvar.data.given import pictures_of
+from flexvar.data.images import ImageFolder, _Names, imagenet_classes, open_picture, upright_rgb
 from flexvar.data.source import PictureSource
 
 
@@ -212,6 +213,23 @@ def test_palette_transparency_and_cmyk(tmp_path: Path) -> None:
     assert red > 240
     assert green < 15
     assert blue < 15
+
+
+def test_sixteen_bits_keep_their_transparency(tmp_path: Path) -> None:
+    values = np.full((4, 4), 32896, np.uint16)
+    values[:2] = 500
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=500)
+    assert [open_picture(tmp_path / "a.png").getpixel((0, y)) for y in (0, 3)] == [(255, 255, 255), (128, 128, 128)]
+    column = pictures_of(tmp_path / "a.png")[0, :, :, 0]  # (4, 4): channels, rows
+    assert column[3].tolist() == [0, 0, 1, 1]
+    assert column[0, 3].item() == pytest.approx(128 / 255)
+
+
+def test_modes_that_do_not_say_their_range_or_convert_to_nothing() -> None:
+    with pytest.raises(ValueError, match="the picture holds whole numbers up to 200 in 32 bits; convert it to mode L"):
+        upright_rgb(Image.fromarray(np.full((4, 4), 200, np.int32)))
+    assert upright_rgb(Image.fromarray(np.full((4, 4), 32896, np.int32))).getpixel((0, 0)) == (128, 128, 128)
+    assert upright_rgb(Image.new("LA", (4, 4), (0, 0)).convert("La")).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:

@@ -242,6 +242,9 @@ def test_stream_ends_with_the_finished_picture(pipe: FlexVARPipeline) -> None:
         ("inpaint", {"mask": half(), "mask_rule": "some"}, "mask_rule is 'some'; there are any, majority, all"),
         ("inpaint", {"mask": half(), "feather": -1}, "feather is -1"),
         ("inpaint", {"mask": [half(), half()]}, "2 masks were given for 1 pictures"),
+        ("inpaint", {"mask": half().astype(bool).astype(np.uint8)}, "the mask holds nothing above 1 of 255; give bool values, or 255"),
+        ("inpaint", {"mask": half(), "paste": "no"}, "paste is 'no'; give True or False"),
+        ("inpaint", {"mask": half(), "split_guidance": "no"}, "split_guidance is 'no'; give True or False"),
         ("inpaint", {"mask": half(), "height": 32}, "inpaint\\(\\) takes no keyword 'height'"),
         ("inpaint", {"mask": half(), "fether": 3}, "inpaint\\(\\) takes no keyword 'fether'; did you mean 'feather'\\?"),
         ("inpaint", {"mask": half(), "max_pixels": 2.5}, "max_pixels is 2.5; give an integer"),
@@ -253,10 +256,14 @@ def test_stream_ends_with_the_finished_picture(pipe: FlexVARPipeline) -> None:
         ("outpaint", {"height": 32, "anchor": "middle"}, "anchor is 'middle'"),
         ("upscale", {}, "give a factor"),
         ("upscale", {"factor": 0.5}, "would become smaller"),
-        ("upscale", {"factor": float("nan")}, "would become smaller"),
+        ("upscale", {"factor": float("nan")}, "factor is nan; give a number of at least 1"),
+        ("upscale", {"factor": 10**400}, r"factor is 1000.*\.\.\.; give a number"),
+        ("upscale", {"factor": 1e300}, "px; stay within 65536 px a side"),
+        ("upscale", {"factor": True}, "factor is True; give a number"),
+        ("outpaint", {"left": 10**12}, "the result would have 16 x 1000000000016 px; stay within 65536 px a side"),
         ("upscale", {"factor": 2, "height": 32}, "and not both"),
         ("refine", {"strength": 1.5}, "strength is 1.5"),
-        ("refine", {"strength": "b"}, r"strength is 'b'; give a number \(a class is given as class_labels=...\)"),
+        ("refine", {"strength": "b"}, "strength is 'b'; give a number from 0 .* and a class as class_labels="),
         ("upscale", {"factor": "b"}, "factor is 'b'; give a number"),
         ("outpaint", {"left": 8, "feather": 1.5}, "feather is 1.5; give an integer"),
         ("refine", {"height": 18}, "height 18 is not a multiple of 4 px; the nearest height is 16 or 20"),
@@ -270,6 +277,45 @@ def test_stream_ends_with_the_finished_picture(pipe: FlexVARPipeline) -> None:
 def test_bad_words(pipe: FlexVARPipeline, name: str, words: dict, complaint: str) -> None:
     with pytest.raises((ValueError, TypeError), match=complaint):
         getattr(pipe, name)(picture(), **words)
+
+
+def test_which_of_several_pictures_has_nothing_to_draw(pipe: FlexVARPipeline) -> None:
+    masks = [half(), np.zeros((SIDE, SIDE), np.uint8)]
+    with pytest.raises(ValueError, match="there is nothing to draw in picture 1, counted from 0: the mask is black everywhere"):
+        pipe.inpaint([picture(), picture(1)], masks)
+
+
+def test_results_that_do_not_fit_are_refused_before_anything_is_drawn(pipe: FlexVARPipeline, monkeypatch) -> None:
+    monkeypatch.setattr("flexvar.memory.free_memory", lambda device: 10 * 2**20)
+    with pytest.raises(MemoryError, match="not enough memory for a result of 1600 x 1600 px; make it smaller, or free some"):
+        pipe.edit_of("upscale", picture(), factor=100)
+
+
+def test_results_are_finished_one_by_one(pipe: FlexVARPipeline) -> None:
+    """So many at once would take several times their own memory; the result is the same."""
+    edit = pipe.edit_of("inpaint", [picture(), picture(1)], mask=half(), feather=3)
+    drawing = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    alone = [edit.part(slice(i, i + 1)).finish(drawing[i : i + 1]) for i in range(2)]
+    assert torch.equal(edit.finish(drawing), torch.cat(alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_edits_do_not_depend_on_the_default_dtype(dtype: torch.dtype, pipe: FlexVARPipeline) -> None:
+    transparent = picture()
+    transparent.putalpha(Image.fromarray(half()))
+
+    def edited() -> list[np.ndarray]:
+        calls = [*((name, picture(), words) for name, (words, _) in EDITS.items()), ("inpaint", transparent, {})]
+        return [getattr(pipe, name)(given, seed=1, output_type="np", **words).images for name, given, words in calls]
+
+    expected = edited()
+    torch.set_default_dtype(dtype)
+    try:
+        found = edited()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_unknown_edits(pipe: FlexVARPipeline) -> None:

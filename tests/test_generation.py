@@ -175,8 +175,8 @@ def test_kept_codes_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         Keep([*keep.codes[:2], keep.codes[2] - 1, keep.codes[3]]).check(SCHEDULE, 2, 48)
 
 
-@pytest.mark.parametrize("labels", [[], [-1], [6]])
-def test_labels_out_of_range(small_tokenizer: Tokenizer, small_transformer: Transformer, labels: list[int]) -> None:
+@pytest.mark.parametrize("labels", [[], [-1], [6], "pizza", ["pizza"], [1.0], [True], None, 10**30])
+def test_labels_out_of_range(small_tokenizer: Tokenizer, small_transformer: Transformer, labels: Any) -> None:
     with pytest.raises(ValueError, match="from 0 to 5"):
         next(generate(small_tokenizer, small_transformer, labels, SCHEDULE))
 
@@ -263,6 +263,27 @@ def test_half_precision_draws_from_logits_in_float32(small_tokenizer: Tokenizer,
     list(generate(tokenizer, transformer, [0, 1], SCHEDULE, seeds=[1, 2], draw=partial(draw_scales, choose=watched)))
     assert {logits.dtype for logits in seen} == {torch.float32}
     assert not any(torch.equal(logits, logits.bfloat16().float()) for logits in seen)
+
+
+def test_autocast_does_not_round_the_logits(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watched(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(logits)
+        return choose(logits, *rest)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        list(generate(small_tokenizer, small_transformer, [0, 1], SCHEDULE, seeds=[1, 2], draw=partial(draw_scales, choose=watched)))
+    assert not any(torch.equal(logits, logits.bfloat16().float()) for logits in seen)
+
+
+def test_a_drawing_may_enter_and_leave_inference_mode(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    expected = list(generate(small_tokenizer, small_transformer, [0, 1], SCHEDULE, seeds=[1, 2]))
+    drawing, found = generate(small_tokenizer, small_transformer, [0, 1], SCHEDULE, seeds=[1, 2]), []
+    for k in range(len(SCHEDULE)):
+        with torch.inference_mode(k % 2 == 0):
+            found.append(next(drawing))
+    assert all(torch.equal(ours.codes, theirs.codes) for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,16 @@ def test_convert_and_back(released: Path, tmp_path: Path, capsys) -> None:
     assert all(torch.equal(tokenizer[name], tensor) for name, tensor in weights.tokenizer_tensors().items())
 
 
+def test_what_goes_back_is_float32_whatever_the_model_computes_in(released: Path, tmp_path: Path) -> None:
+    pipe = FlexVARPipeline.from_released(released / "FlexVAE.pth", released / "bare.pth").to(torch.bfloat16)
+    tokenizer, transformer = pipe.save_released(tmp_path)
+    for path, module in ((tokenizer, pipe.tokenizer), (transformer, pipe.transformer)):
+        tensors = torch.load(path, weights_only=True)
+        tensors = tensors.get("model", tensors)
+        assert {(tensor.dtype, tensor.device.type) for tensor in tensors.values()} == {(torch.float32, "cpu")}
+        assert all(torch.equal(tensors[released_name(name)].flatten(), own.float().flatten()) for name, own in module.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "transformer", "words"),
     [

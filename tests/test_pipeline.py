@@ -68,7 +68,8 @@ def test_no_seed_draws_one_and_tells_it(pipe: FlexVARPipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "index"), [("pizza", 0), ("PIZZA", 0), ("rocket", 3), ("12", 4), ("2", 2), (4, 4), (None, 5), ("unconditional", 5)]
+    ("label", "index"),
+    [("pizza", 0), ("PIZZA", 0), ("rocket", 3), ("12", 4), ("2", 2), (4, 4), (None, 5), ("unconditional", 5), ("Unconditional", 5)],
 )
 def test_labels(pipe: FlexVARPipeline, label, index: int) -> None:
     assert pipe.labels_of(label) == [index]
@@ -91,6 +92,9 @@ def test_other_names_of_classes(pipe: FlexVARPipeline) -> None:
         (6, "0 to 4"),
         (-1, "0 to 4"),
         ("-1", "no class"),
+        (b"\x00\x01", "the class labels are given as bytes; give a name, an index or None, or a list of these"),
+        (bytearray(b"\x02"), "given as bytearray; give"),
+        ({0: "pizza", 1: "cat face"}, "the class labels are given as dict; give a name, an index or None, or a list of these"),
     ],
 )
 def test_unknown_labels(pipe: FlexVARPipeline, label, words: str) -> None:
@@ -193,6 +197,10 @@ def test_folders(pipe: FlexVARPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "model")
     again = FlexVARPipeline.from_pretrained(tmp_path / "model")
     assert np.array_equal(np.asarray(again("pizza", seed=1).images[0]), np.asarray(pipe("pizza", seed=1).images[0]))
+    with torch.inference_mode():
+        inside = FlexVARPipeline.from_pretrained(tmp_path / "model")
+    assert np.array_equal(np.asarray(inside.to(torch.float32)("pizza", seed=1).images[0]), np.asarray(pipe("pizza", seed=1).images[0]))
+    inside.to(torch.bfloat16)("pizza", seed=1)
     with pytest.raises(FileExistsError):
         pipe.save_pretrained(tmp_path / "model")
 
@@ -254,6 +262,8 @@ def test_a_full_disk_is_not_called_offline(error: Exception, kind: type[Exceptio
 def test_names_that_lead_nowhere() -> None:
     with pytest.raises(ValueError, match="not a bundled or released name"):
         FlexVARPipeline.from_pretrained("no such name!")
+    with pytest.raises(ValueError, match="a model is None; give its name or folder"):
+        FlexVARPipeline.from_pretrained(None)  # type: ignore[arg-type]
     for nowhere in ("./nowhere", Path("nowhere")):
         with pytest.raises(FileNotFoundError, match="no model folder"):
             FlexVARPipeline.from_pretrained(nowhere)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -44,10 +45,10 @@ def test_greedy_scales() -> None:
 
 
 WRONG = {
-    "top_k": [-1, 2.5, "5", None],
-    "top_p": [1.5, -0.1, math.nan, "0.9"],
-    "temperature": [0.0, math.nan, math.inf, "1"],
-    "greedy": ["all", 3, 1.5, [1.5], ["2"], [(1, 2, 3)], [None]],
+    "top_k": [-1, 2.5, "5", None, True],
+    "top_p": [1.5, -0.1, math.nan, "0.9", True],
+    "temperature": [0.0, 1e-38, math.nan, math.inf, "1"],
+    "greedy": ["all", 3, 1.5, [1.5], ["2"], [(1, 2, 3)], [None], [True]],
 }
 
 
@@ -57,17 +58,19 @@ def test_wrong_settings(name: str, value: object) -> None:
         Sampling(**{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e300, "2", [2.0], None])
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e300, 10**400, "2", [2.0], np.array([2.5, 3.0]), True, None])
 def test_wrong_guidance(scale: object) -> None:
-    with pytest.raises(ValueError, match=r"the guidance scale is .*; give a finite number"):
+    with pytest.raises(ValueError, match=r"the guidance scale is .{1,60}; give a finite number"):
         Guidance("ramp", scale)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"the guidance scale is a very large int; give"):
+        Guidance("ramp", 10**5000)  # of which Python writes no digits
     with pytest.raises(ValueError, match="kind"):
         Guidance("linear", 2.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stop", [-1, 2.0, "3", torch.tensor(2.5)])
 def test_wrong_stops_of_guidance(stop: object) -> None:
-    with pytest.raises(ValueError, match=r"guidance stops after .* scales; give how many"):
+    with pytest.raises(ValueError, match=r"guidance_stop is .*; give how many"):
         Guidance("ramp", 2.0, stop=stop)  # type: ignore[arg-type]
 
 
@@ -76,8 +79,10 @@ def test_numbers_of_numpy_and_torch_are_numbers() -> None:
         assert repr(Guidance("ramp", 2.0, stop=stop)) == repr(Guidance("ramp", 2.0, stop=2))  # type: ignore[arg-type]
     assert hash(Sampling(torch.tensor(3))) == hash(Sampling(3))  # type: ignore[arg-type]
     assert Guidance("ramp", np.float32(2)).scale == Guidance("ramp", torch.tensor(2.0)).scale == 2.0  # type: ignore[arg-type]
+    assert Guidance("ramp", Decimal(2)).scale == 2.0  # type: ignore[arg-type]
     given = Sampling(np.int64(3), np.float32(0.5), torch.tensor(1.0), np.array([2, 4]))  # type: ignore[arg-type]
     assert given == Sampling(3, 0.5, 1.0, (2, 4))
+    assert Sampling(greedy=torch.tensor([[1, 2], [3, 4]])).greedy == ((1, 2), (3, 4))  # type: ignore[arg-type]
 
 
 def test_numbers_depend_on_the_seed_alone() -> None:

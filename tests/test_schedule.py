@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import warnings
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,8 +78,21 @@ def test_lists_words_and_mistakes() -> None:
         with pytest.raises(ValueError, match="is not a schedule"):
             Schedule.parse(text)
     assert Schedule([1, [2, 3]]) == Schedule(((1, 1), (2, 3)))  # type: ignore[arg-type,list-item]
-    with pytest.raises(ValueError, match="is not a list of scales"):
-        Schedule(((2.5, 2.5),))  # type: ignore[arg-type]
+    for array in (np.array([[1, 1], [2, 3]]), torch.tensor([[1, 1], [2, 3]]), [np.array([1, 1]), torch.tensor([2, 3])]):
+        assert Schedule.of(array) == Schedule.of([1, (2, 3)])  # type: ignore[arg-type]
+    assert Schedule.of([np.int64(1), torch.tensor(2)]) == Schedule.square([1, 2])  # type: ignore[list-item]
+    for wrong in (((2.5, 2.5),), [True], ["2"], [(1, 2, 3)], 3):
+        with pytest.raises(ValueError, match="is not a list of scales"):
+            Schedule(wrong)  # type: ignore[arg-type]
+    for words, complaint in (
+        (("64", 64), "height is '64'; give an integer"),
+        ((64.0, 64), "height is 64.0; give an integer"),
+        ((64, math.nan), "width is nan; give an integer"),
+        ((64, 64, 2.5), "steps is 2.5; give an integer"),
+        ((64, 64, 10, 0), "downsample is 0; give how many pixels"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            Schedule.for_size(*words)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one scale"):
         Schedule.of([])
     with pytest.raises(ValueError, match="shrinks from 4x4 to 4x2 at scale 1"):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from flexvar.checks import shown, whole_number
 from flexvar.counting import bytes_of, count_decoding, drawing_memory, empty_tokenizer, empty_transformer, of_any_depth, parameters_of
 from flexvar.rates import Rates
 from flexvar.schedule import Schedule, ScheduleLike
@@ -236,8 +237,9 @@ def plan(
     bits (`int8`).
     Raises ValueError for a batch below 1, and for pictures so large that their bytes cannot be counted in 63 bits.
     """
-    if batch < 1:
-        raise ValueError(f"a batch of {batch} draws nothing; give 1 or more")
+    whole_number(batch, "batch", "give 1 or more", least=1)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {shown(dtype)}; give one of torch's, for example torch.bfloat16")
     schedule, rows = Schedule.of(schedule), 2 * batch if guided else batch
     try:
         decoding, painter = count_decoding(tokenizer, schedule[-1], batch, dtype), empty_tokenizer(tokenizer, dtype)

@@ -1,4 +1,4 @@
-"""What callers hand over: integers, seeds, sides, keywords; one value or several, of Python, NumPy or torch."""
+"""What callers hand over: seeds, sides, keywords; one value or several, of Python, NumPy or torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, signature
-from operator import index
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from flexvar.checks import whole_number
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -62,26 +63,6 @@ def is_single(value: Any) -> bool:
 def items(values: Any) -> Any:
     """The items of a list, an array or a tensor, as Python's own numbers."""
     return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
-
-
-def whole_number(value: Any, what: str) -> int:
-    """An integer of any kind as Python's own; ValueError naming it for anything else, True and False too."""
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        return index(value)
-    except TypeError as error:
-        raise ValueError(f"{what} is {value!r}; give an integer") from error
-
-
-def number(value: Any, what: str) -> float:
-    """A number of any kind as Python's own; ValueError naming it for anything else, a class in its place too."""
-    try:
-        if isinstance(value, str):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{what} is {value!r}; give a number (a class is given as class_labels=...)") from error
 
 
 def takes(settings: type) -> Callable[[F], F]:

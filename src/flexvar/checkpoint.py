@@ -127,6 +127,7 @@ def save(model: Model, folder: Path | str, *, dtype: torch.dtype = torch.float32
         (folder / TRANSFORMER).unlink(missing_ok=True)  # of the model before
 
 
+@torch.inference_mode(False)  # or the weights could not be used outside of it
 def load(folder: Path | str) -> Model:
     """Reads a model folder onto the CPU in float32, in evaluation mode.
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexvar.arguments import both_sides, number, whole_number
+from flexvar.arguments import both_sides
+from flexvar.checks import check_truth, finite_number, whole_number
 from flexvar.data.given import GivenPictures, mask_of, over_white, pictures_of
 from flexvar.generation import Keep
 from flexvar.position import area_averaged
@@ -26,6 +27,7 @@ MaskRule: TypeAlias = Literal["any", "majority", "all"]
 Anchor: TypeAlias = Literal["centre", "left", "right", "top", "bottom", "top-left", "top-right", "bottom-left", "bottom-right"]
 
 RELAXATIONS = 8  # of a filling, at each resolution
+LONGEST_SIDE = 1 << 16  # px, of a result
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Edit:
         A pixel whose weight is 0 is the given one, to the bit.
         """
         top, left, height, width = self.crop
+        if len(drawing) > 1:  # one by one, as a large result takes several times its own memory on the way
+            return torch.cat([self.part(slice(i, i + 1)).finish(drawing[i : i + 1]) for i in range(len(drawing))])
         drawing = drawing.cpu().float()[..., top : top + height, left : left + width]
         if drawing.shape[-2:] != self.size:
             drawing = F.interpolate(drawing, self.size, mode="bicubic", antialias=True)
@@ -120,8 +124,8 @@ def refine(
     f px; the picture's own by default, otherwise its composition is stretched to them. One alone keeps the picture's proportions.
     Raises ValueError for a strength that is not from 0 to 1, and for impossible sizes.
     """
-    if not 0 <= number(strength, "strength") <= 1:
-        raise ValueError(f"strength is {strength!r}; give a number from 0 (all scales kept) to 1 (none)")
+    mend = "give a number from 0 (all scales kept) to 1 (none), and a class as class_labels=..."
+    strength = finite_number(strength, "strength", mend, least=0, most=1)
     pictures = over_white(pictures_of(image))
     size = (pictures.shape[-2], pictures.shape[-1])
     small = _reduced(pictures, most_pixels)
@@ -131,6 +135,7 @@ def refine(
         return Edit(canvas, f, grid, crop, size, strength)
     asked = both_sides(height, width, size, f)
     grid_of(*asked, f)  # complains of what is no multiple
+    _check_sides(*asked)
     return Edit(canvas, f, *_stretched(small, canvas, asked, f, most_pixels), asked, strength)
 
 
@@ -149,12 +154,13 @@ def upscale(
         height, width = both_sides(height, width, own)
         factor_y, factor_x = height / own[0], width / own[1]
     else:
-        factor_y = factor_x = number(factor, "factor")
-    if not (1 <= factor_y < math.inf and 1 <= factor_x < math.inf):
+        factor_y = factor_x = finite_number(factor, "factor", "give a number of at least 1, and a class as class_labels=...")
+    if factor_y < 1 or factor_x < 1:
         raise ValueError(f"{own[0]} x {own[1]} px would become smaller; give a factor of at least 1, or larger sides")
+    larger = own[0] * factor_y, own[1] * factor_x
+    _check_sides(*larger)
     small = _reduced(pictures, most_pixels)
     canvas = _padded(small, f)
-    larger = own[0] * factor_y, own[1] * factor_x
     return Edit(canvas, f, *_stretched(small, canvas, larger, f, most_pixels), (round(larger[0]), round(larger[1])), strength=0.0)
 
 
@@ -210,7 +216,8 @@ def outpaint(
         raise ValueError(f"{own[0]} x {own[1]} px would become smaller; give pixels to add, or larger sides")
     if not any(sides):
         raise ValueError("there is nothing to draw beyond the picture; give left, right, top or bottom, or larger sides")
-    left, _, top, _ = sides
+    left, right, top, bottom = sides
+    _check_sides(own[0] + top + bottom, own[1] + left + right)
     white = F.pad(_white(pictures, None), sides, value=1.0)
     return _masked(F.pad(pictures, sides), white, (-top % f, -left % f), f, most_pixels, feather, paste, mask_rule)
 
@@ -259,6 +266,8 @@ def near(there: Tensor, reach: int) -> Tensor:
     """How near a pixel is to those that are there, (P, 1, H, W) of 0 and 1: 1 on them, falling to 0 beyond `reach` px."""
     nearness = there
     for distance in range(1, reach + 1):
+        if there.all():
+            break
         there = F.max_pool2d(there, 3, stride=1, padding=1)
         nearness = torch.maximum(nearness, there * (1 - distance / (reach + 1)))
     return nearness
@@ -279,11 +288,12 @@ def _masked(
     pictures: Tensor, white: Tensor, corner: Size, f: int, most_pixels: int, feather: int | None, paste: bool, rule: MaskRule
 ) -> Edit:
     """The edit that draws what is white. corner: pixels added above and to the left, so that a picture's codes lie on the grid."""
-    if not (white > 0).flatten(1).any(1).all():
-        raise ValueError("there is nothing to draw: the mask is black everywhere and the picture opaque; paint white what is to be drawn")
-    feather = f if feather is None else whole_number(feather, "feather")
-    if feather < 0:
-        raise ValueError(f"feather is {feather}; give 0 or a number of pixels")
+    if not (drawn := (white > 0).flatten(1).any(1)).all():
+        which = f" in picture {int(drawn.int().argmin())}, counted from 0" if len(drawn) > 1 else ""
+        why = "the mask is black everywhere and the picture opaque"
+        raise ValueError(f"there is nothing to draw{which}: {why}; paint white what is to be drawn")
+    feather = f if feather is None else whole_number(feather, "feather", "give an integer of pixels, 0 for none", least=0)
+    check_truth(paste, "paste")
     size = (pictures.shape[-2], pictures.shape[-1])
     colours = pictures[:, :3] * 2 - 1
     given = filled(colours, 1 - white)
@@ -299,6 +309,12 @@ def _masked(
 # -- canvases --
 
 
+def _check_sides(height: float, width: float) -> None:
+    """ValueError for a result that nobody can mean."""
+    if max(height, width) > LONGEST_SIDE:
+        raise ValueError(f"the result would have {height:.0f} x {width:.0f} px; stay within {LONGEST_SIDE} px a side")
+
+
 def _padded(tensor: Tensor, f: int, corner: Size = (0, 0)) -> Tensor:
     """Padded with its own edge to multiples of f px: by `corner` above and to the left, the rest below and to the right."""
     (top, left), (height, width) = corner, tensor.shape[-2:]
@@ -307,8 +323,6 @@ def _padded(tensor: Tensor, f: int, corner: Size = (0, 0)) -> Tensor:
 
 def _reduced(tensor: Tensor, most_pixels: int) -> Tensor:
     """As it is, or reduced to at most so many pixels."""
-    if most_pixels < 1:
-        raise ValueError(f"max_pixels is {most_pixels}; give 1 or more")
     height, width = tensor.shape[-2:]
     scale = math.sqrt(most_pixels / (height * width))
     if scale >= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
@@ -118,9 +119,7 @@ def generate(
     """
     schedule, guidance, sampling = Schedule.of(schedule), guidance or Guidance(), sampling or Sampling()
     config, device = transformer.config, transformer.head.weight.device
-    labels = torch.as_tensor(labels)
-    if labels.ndim != 1 or not len(labels) or labels.is_floating_point() or labels.min() < 0 or labels.max() > config.null_class:
-        raise ValueError(f"labels must be one or more integers from 0 to {config.null_class}, the last one meaning no class")
+    labels = _indices(labels, config.null_class)
     if keep is not None:
         keep.check(schedule, len(labels), config.codebook_size)
         keep = keep.to(device)
@@ -128,6 +127,18 @@ def generate(
     guidance = needed_guidance(guidance, labels.tolist(), config.null_class)
     request = Request(labels.to(device, torch.int64), schedule, guidance, sampling, keep, numbers)
     return (draw or draw_scales)(tokenizer, transformer, request)
+
+
+def _indices(labels: Tensor | Sequence[int], null_class: int) -> Tensor:
+    """Class indices as a tensor (B,); ValueError for anything else."""
+    try:
+        given = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        given = torch.empty(0)
+    whole = not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
+    if given.ndim != 1 or not len(given) or not whole or given.min() < 0 or given.max() > null_class:
+        raise ValueError(f"labels must be one or more integers from 0 to {null_class}, the last one meaning no class")
+    return given
 
 
 def needed_guidance(guidance: Guidance, labels: Sequence[int], null_class: int) -> Guidance:
@@ -182,9 +193,13 @@ def full_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
 
     A layer in half precision rounds its sums to that, and neighbouring logits become equal.
     """
-    if head.weight.dtype not in (torch.bfloat16, torch.float16):
-        return head(hidden).float()
-    if hidden.is_cuda and torch.version.cuda:
+    half = head.weight.dtype in (torch.bfloat16, torch.float16)
+    if half and hidden.is_cuda and torch.version.cuda:
         product = torch.mm(hidden.flatten(0, 1), head.weight.T, out_dtype=torch.float32)
         return product.add_(head.bias).unflatten(0, hidden.shape[:2])
-    return F.linear(hidden.float(), head.weight.float(), head.bias.float())
+    kind = hidden.device.type
+    # A caller's autocast would round them too; the device of tensors without data has none.
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        if half:
+            return F.linear(hidden.float(), head.weight.float(), head.bias.float())
+        return head(hidden.to(head.weight.dtype)).float()

@@ -17,7 +17,8 @@ class KeyValueCache:
     def __init__(
         self, depth: int, batch: int, heads: int, tokens: int, head_width: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.memory = torch.empty(depth, 2, batch, heads, tokens, head_width, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # it is written into later, by a caller who may have left that mode
+            self.memory = torch.empty(depth, 2, batch, heads, tokens, head_width, dtype=dtype, device=device)
         self.filled = 0
 
     @property

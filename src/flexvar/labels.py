@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from flexvar.arguments import is_single, items, whole_number
+from flexvar.arguments import is_single, items
+from flexvar.checks import whole_number
 
 Label: TypeAlias = int | str | None
 
@@ -15,11 +16,20 @@ UNCONDITIONAL = "unconditional"
 NO_ALIASES: Mapping[str, str] = MappingProxyType({})
 
 
-def listed(class_labels: Label | Sequence[Label]) -> list[Any]:
-    """One label or several as a list. ValueError when there is none."""
+def listed(class_labels: Label | Sequence[Label], pictures: Sized | None = None) -> list[Any]:
+    """One label or several as a list; where pictures are edited, one label for all of them, or one each, or several for a single one.
+
+    ValueError when there is none, for another number of them, and for bytes and tables, whose items are no labels.
+    """
+    if isinstance(class_labels, bytes | bytearray | Mapping):
+        raise ValueError(f"the class labels are given as {type(class_labels).__name__}; give a name, an index or None, or a list of these")
     labels = [class_labels] if is_single(class_labels) else list(items(class_labels))
     if not labels:
         raise ValueError("there are no class labels; give one or more, or None for pictures without a class")
+    if pictures is not None and len(labels) == 1:
+        return labels * len(pictures)
+    if pictures is not None and len(pictures) not in (1, len(labels)):
+        raise ValueError(f"{len(labels)} class labels were given for {len(pictures)} pictures; give one, or one a picture")
     return labels
 
 
@@ -29,7 +39,7 @@ def index_of(label: Label, names: Sequence[str], null_class: int, aliases: Mappi
 
     Raises ValueError with the closest names.
     """
-    if label is None or (isinstance(label, str) and label == UNCONDITIONAL):
+    if label is None or (isinstance(label, str) and label.casefold() == UNCONDITIONAL):
         return null_class
     if isinstance(label, str):
         if label in names:

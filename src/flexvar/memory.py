@@ -6,7 +6,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import clear_frames
@@ -27,6 +27,8 @@ OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|allo
 
 SHARE_TO_FILL = 0.6
 """Of the free memory, where we choose the batch: others need some too, a CPU's libraries take more than is planned, and Linux kills."""
+
+WHILE_FINISHING = 8  # times its own size: what the largest edit of a picture takes on the way to its result
 
 MOST_CODES = 2**40  # on a side, as far as a size that fits is looked for
 
@@ -141,6 +143,25 @@ def in_parts(need: MemoryNeed, draw: Callable[[slice], Tensor], at_once: int | N
                 raise
             step = (part.stop - part.start) // 2
     return drawn[0] if len(drawn) == 1 else torch.cat(drawn)  # which copies
+
+
+@contextmanager
+def room_for(what: str) -> Iterator[None]:
+    """As a context: MemoryError, in one line, when memory runs out on the way to what is not drawn."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"not enough memory for {what}; make it smaller, or free some") from error
+
+
+def refuse_results(size: Size, pictures: int) -> None:
+    """MemoryError, in one line, where so many finished pictures of `size` = (height, width) px find no room on the CPU."""
+    each, free = 3 * 4 * size[0] * size[1], free_memory(torch.device("cpu"))
+    if free is not None and (pictures + WHILE_FINISHING) * each > free:
+        what = f"{pictures} results of {size[0]} x {size[1]} px" if pictures > 1 else f"a result of {size[0]} x {size[1]} px"
+        raise MemoryError(f"not enough memory for {what}; make it smaller, or free some")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

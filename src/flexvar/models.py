@@ -8,6 +8,7 @@ import torch
 
 from flexvar import zoo
 from flexvar.checkpoint import Defaults, Model, save
+from flexvar.checks import shown
 from flexvar.data import aliases_of, imagenet_classes
 from flexvar.official import read_released, to_released, tokenizer_from_released, transformer_from_released, warn_of_differences
 from flexvar.writing import make_folder, write_together
@@ -18,6 +19,8 @@ def model_folder(name: str | Path) -> Path:
 
     Raises FileNotFoundError, ValueError or ConnectionError, in one line, where there is none.
     """
+    if not isinstance(name, str | Path):
+        raise ValueError(f"a model is {shown(name)}; give its name or folder")
     if name in zoo.BUNDLED:
         return zoo.bundled_folder(str(name))
     if name in zoo.RELEASED:

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from flexvar import editing, labels, linear
-from flexvar.arguments import both_sides, refuse_unknown, seeds_of, takes, whole_number
+from flexvar.arguments import both_sides, refuse_unknown, seeds_of, takes
 from flexvar.checkpoint import Defaults, Model, load, save
-from flexvar.checks import warn
+from flexvar.checks import warn, whole_number
 from flexvar.compiled import Recorded, compiled
 from flexvar.data import fitted
 from flexvar.data.given import GivenPictures, over_white, pictures_of
 from flexvar.editing import Edit
 from flexvar.generation import Draw, Keep, Step, draw_scales, generate, needed_guidance
 from flexvar.labels import Label
-from flexvar.memory import MemoryNeed, in_parts
+from flexvar.memory import MemoryNeed, in_parts, refuse_results, room_for
 from flexvar.models import model_folder, released_model, write_released
 from flexvar.sampling import Guidance, Sampling
 from flexvar.schedule import Schedule, Size, grid_of
@@ -175,12 +175,10 @@ class FlexVARPipeline:
         output_type: "pil", "np" or "pt". edit, height, width: as of `stream`. settings: `flexvar.settings.DrawingSettings`.
         """
         check_output_type(output_type)
-        indices = self.labels_of(_listed(class_labels, edit))
+        indices = self.labels_of(labels.listed(class_labels, edit))
         seeds = seeds_of(settings.pop("seed", None), len(indices))
         grids, guidance, sampling = self._how(indices, edit, height, width, settings)
-        at_once = None if batch_size is None else whole_number(batch_size, "batch_size")
-        if at_once is not None and at_once < 1:
-            raise ValueError(f"batch_size is {at_once}; draw at least 1 picture at a time")
+        at_once = None if batch_size is None else whole_number(batch_size, "batch_size", "give an integer of at least 1", least=1)
 
         def drawn(part: slice) -> Tensor:
             return self._finished(indices[part], seeds[part], edit and edit.part(part), grids, guidance, sampling)
@@ -207,7 +205,7 @@ class FlexVARPipeline:
         Raises ValueError, in one line, for an unknown class, an impossible size or schedule, and settings out of range; MemoryError,
         naming the largest size that fits, where memory runs out.
         """
-        indices = self.labels_of(_listed(class_labels, edit))
+        indices = self.labels_of(labels.listed(class_labels, edit))
         seeds = seeds_of(settings.pop("seed", None), len(indices))
         return self._steps(indices, seeds, edit, *self._how(indices, edit, height, width, settings))
 
@@ -271,7 +269,7 @@ class FlexVARPipeline:
         class_labels: Labels = None,
         **settings: Unpack[MaskedEditSettings],
     ) -> FlexVAROutput:
-        """Draws anew what is white in the mask or transparent in the picture; every pixel that is neither comes back to the bit."""
+        """Draws anew what is white in the mask or transparent; of 8-bit pictures every pixel that is neither comes back to the bit."""
         return self._edited("inpaint", image, class_labels, settings, mask=mask)
 
     @takes(OutpaintSettings)
@@ -294,7 +292,10 @@ class FlexVARPipeline:
             raise ValueError(f"no edit is named {operation!r}; there are {', '.join(editing.EDITS)}")
         refuse_unknown(operation, own, editing.keywords(operation))
         f, trained = self.tokenizer.config.downsample, self.transformer.config.trained_grid * self.tokenizer.config.downsample
-        edit = editing.EDITS[operation](image, f, 4 * trained**2 if max_pixels is None else whole_number(max_pixels, "max_pixels"), **own)
+        most = 4 * trained**2 if max_pixels is None else whole_number(max_pixels, "max_pixels", "give an integer of at least 1", least=1)
+        with room_for(f"{operation} with pictures and results of such a size"):
+            edit = editing.EDITS[operation](image, f, most, **own)
+        refuse_results(edit.size, len(edit))
         if operation == "upscale" and max(edit.grid) * f > 2 * trained:
             warn(f"{edit.grid[0] * f} x {edit.grid[1] * f} px is more than twice the trained {trained} px; expect waves")
         return edit
@@ -368,13 +369,3 @@ def _watched(steps: Iterator[Step], need: MemoryNeed, edit: Edit | None, count: 
         for step in steps:
             decode = edit.finishing(step.decode) if edit is not None and step.index == count - 1 else step.decode
             yield replace(step, decode=need(decode))
-
-
-def _listed(class_labels: Labels, edit: Edit | None = None) -> list[Any]:
-    """One label or several as a list, one for all pictures of an edit; ValueError when there is none, or another number of them."""
-    listed = labels.listed(class_labels)
-    if edit is not None and len(listed) == 1:
-        return listed * len(edit)
-    if edit is not None and len(edit) not in (1, len(listed)):
-        raise ValueError(f"{len(listed)} class labels were given for {len(edit)} pictures; give one, or one a picture")
-    return listed

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import index
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+
+from flexvar.checks import check_truth, finite_number, shown, sizes_of, whole_number
 
 Size: TypeAlias = tuple[int, int]
 GuidanceKind: TypeAlias = Literal["ramp", "constant", "official-ramp"]
@@ -19,7 +19,7 @@ OFFICIAL_SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32}
 """Square scales that the released evaluation samples; it draws all others with top-k 1 (released code; not in the paper)."""
 
 MOST_CANDIDATES = 1 << 20  # that are chosen among at the same time, which bounds the memory that it takes
-LARGEST_SCALE = 1e30  # of guidance, so that logits and weights stay within float32
+LARGEST_SCALE, LEAST_TEMPERATURE = 1e30, 1e-6  # so that logits and weights stay within float32
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.kind not in get_args(GuidanceKind):
             raise ValueError(f"no guidance is of kind {self.kind!r}; there are {', '.join(get_args(GuidanceKind))}")
-        if not _is_finite(self.scale) or abs(self.scale) > LARGEST_SCALE:
-            raise ValueError(f"the guidance scale is {self.scale!r}; give a finite number, 1 (or 0 for the official ramp) switches it off")
+        mend = "give a finite number, 1 (or 0 for the official ramp) switches it off"
+        scale = finite_number(self.scale, "the guidance scale", mend, least=-LARGEST_SCALE, most=LARGEST_SCALE)
+        object.__setattr__(self, "scale", scale)
+        check_truth(self.split, "split_guidance")
         if self.stop is not None:
-            if (stop := _whole(self.stop)) is None or stop < 0:
-                raise ValueError(f"guidance stops after {self.stop!r} scales; give how many are guided, from 0 on, or None for all")
-            object.__setattr__(self, "stop", stop)
+            mend = "give how many scales are guided, from 0 on, or None for all"
+            object.__setattr__(self, "stop", whole_number(self.stop, "guidance_stop", mend, least=0))
 
     def weights(self, schedule: Iterable[Size], trained_grid: int = 16) -> tuple[float, ...]:
         """w at each scale; 1 means that the unconditional half does not count."""
@@ -69,8 +70,8 @@ class Sampling:
     """How a code is chosen from its logits.
 
     top_k: candidates kept, 0 for all of them. top_p: probability that the candidates must reach, 0 or 1 for no limit.
-    temperature: logits are divided by it, above 0. greedy: the scales drawn with top-k 1: "none", "official" (the released evaluation's
-    choice), or their sizes, integers for square ones.
+    temperature: logits are divided by it, at least 1e-6. greedy: the scales drawn with top-k 1: "none", "official" (those of the released
+    evaluation), or their sizes, integers for square ones.
     """
 
     top_k: int = 900
@@ -79,21 +80,18 @@ class Sampling:
     greedy: Greedy = "official"
 
     def __post_init__(self) -> None:
-        if (top_k := _whole(self.top_k)) is None or top_k < 0:
-            raise ValueError(f"top_k is {self.top_k!r}; give 0 for all candidates or a number of them")
-        object.__setattr__(self, "top_k", top_k)
-        if not _is_finite(self.top_p) or not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p!r}; give a probability from 0 to 1")
-        if not _is_finite(self.temperature) or self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature!r}; give a number above 0 (top_k=1 always takes the most likely code)")
-        given: Any = self.greedy
-        if isinstance(given, str) and given in ("none", "official"):
+        top_k = whole_number(self.top_k, "top_k", "give 0 for all candidates or a number of them", least=0)
+        top_p = finite_number(self.top_p, "top_p", "give a probability from 0 to 1", least=0, most=1)
+        mend = f"give a number of at least {LEAST_TEMPERATURE:g} (top_k=1 always takes the most likely code)"
+        temperature = finite_number(self.temperature, "temperature", mend, least=LEAST_TEMPERATURE)
+        for name, value in (("top_k", top_k), ("top_p", top_p), ("temperature", temperature)):
+            object.__setattr__(self, name, value)
+        if isinstance(self.greedy, str) and self.greedy in ("none", "official"):
             return
         try:
-            pairs = [(scale, scale) if hasattr(scale, "__index__") else scale for scale in given]
-            object.__setattr__(self, "greedy", tuple((index(h), index(w)) for h, w in pairs))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"greedy is {given!r}; give 'none', 'official' or a list of scales") from error
+            object.__setattr__(self, "greedy", sizes_of(self.greedy))
+        except ValueError as error:
+            raise ValueError(f"greedy is {shown(self.greedy)}; give 'none', 'official' or a list of scales") from error
 
     def greedy_scales(self, schedule: Iterable[Size], trained_grid: int = 16) -> tuple[bool, ...]:
         """For each scale, whether it is drawn with top-k 1."""
@@ -102,19 +100,6 @@ class Sampling:
         if self.greedy == "official":
             return tuple(h * w > trained_grid**2 or (h == w and h not in OFFICIAL_SAMPLED_SIDES) for h, w in schedule)
         return tuple(size in self.greedy for size in schedule)
-
-
-def _whole(value: Any) -> int | None:
-    """An integer of any kind as Python's own, so that equal settings are the same ones; None for anything else."""
-    try:
-        return index(value)
-    except TypeError:
-        return None
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether a value is a number, and a finite one."""
-    return hasattr(value, "__float__") and math.isfinite(value)
 
 
 def uniform_numbers(seeds: Sequence[int], tokens: int) -> Tensor:

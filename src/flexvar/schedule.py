@@ -11,10 +11,9 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Literal, TypeAlias
 
-from flexvar.checks import warn
+from flexvar.checks import sizes_of, warn, whole_number
 
 Size: TypeAlias = tuple[int, int]
 ScheduleLike: TypeAlias = "Schedule | str | Sequence[int | Sequence[int]]"
@@ -185,18 +184,9 @@ class Schedule:
 
 
 def check_steps(steps: int) -> None:
-    """ValueError for fewer than 2 steps."""
-    if steps < 2:
+    """ValueError for fewer than 2 steps, and for no whole number of them."""
+    if whole_number(steps, "steps") < 2:
         raise ValueError(f"{steps} steps are too few; a schedule from 1x1 to the full grid has at least 2")
-
-
-def sizes_of(scales: Sequence[int | Sequence[int]]) -> tuple[Size, ...]:
-    """Grids (h, w) from a list whose integers are square scales and whose pairs are (h, w); ValueError for anything else."""
-    try:
-        pairs = [(scale, scale) if hasattr(scale, "__index__") else tuple(scale) for scale in scales]
-        return tuple((index(h), index(w)) for h, w in pairs)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{scales!r} is not a list of scales; each is an integer or a pair (h, w)") from error
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
@@ -210,8 +200,9 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 def grid_of(height: int, width: int, downsample: int) -> Size:
     """The grid of codes of a picture of height x width px; ValueError naming the nearest sizes when it is not a whole one."""
+    whole_number(downsample, "downsample", "give how many pixels a code has on a side", least=1)
     for name, pixels in (("height", height), ("width", width)):
-        if pixels < downsample or pixels % downsample:
+        if whole_number(pixels, name) < downsample or pixels % downsample:
             below, above = pixels // downsample * downsample, (pixels // downsample + 1) * downsample
             nearest = f"{below} or {above}" if below >= downsample else str(max(above, downsample))
             raise ValueError(f"{name} {pixels} is not a multiple of {downsample} px; the nearest {name} is {nearest}")

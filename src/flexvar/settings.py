@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, TypeVar
 
-from flexvar.arguments import both_sides, whole_number
+from flexvar.arguments import both_sides
 from flexvar.checkpoint import Model
+from flexvar.checks import whole_number
 from flexvar.editing import Anchor, Edit, MaskRule
 from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
 from flexvar.schedule import FINEST, Schedule, ScheduleLike, check_steps, grid_of

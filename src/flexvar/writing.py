@@ -6,7 +6,8 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,9 @@ from safetensors import SafetensorError
 
 Write = Callable[[Path], Any]
 T = TypeVar("T")
+
+BESIDE = 32
+"""How many letters of a name its hidden one has: a letter takes up to 4 bytes, and a name on most disks 255."""
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
@@ -30,16 +34,19 @@ def write_together(writes: Mapping[Path, Write]) -> None:
         for path, write in writes.items():
             _fill(beside[path], write, path)
         for path, complete in beside.items():
-            complete.replace(path)
+            with _told_of(path):
+                complete.replace(path)
     finally:
         for unfinished in beside.values():
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing can be removed either, the error before says more
+                unfinished.unlink()
 
 
 def write_whole_folder(folder: Path, write: Callable[[Path], T]) -> T:
     """Lets `write` fill a folder beside `folder` and puts it in the place of what is there when it is complete; gives what `write` gives.
 
-    Raises OSError where the folder cannot be replaced: the current one, one above it, or the root of a file system.
+    Raises OSError where the folder cannot be replaced (the current one, one above it, or the root of a file system), and where it cannot
+    be written; what `write` raises of another place is left as it is.
     """
     folder = folder.resolve()
     if folder.is_mount() or Path.cwd().is_relative_to(folder):
@@ -52,6 +59,12 @@ def write_whole_folder(folder: Path, write: Callable[[Path], T]) -> T:
             folder.rename(before)
         beside.rename(folder)
         shutil.rmtree(before, ignore_errors=True)
+    except OSError as error:
+        if str(beside) not in str(error.filename or error):
+            raise
+        if error.strerror:
+            raise _unwritable(folder, error) from error
+        raise OSError(str(error).replace(str(beside), str(folder))) from error  # `write` has said it well, but of the hidden folder
     finally:
         if before.exists() and not folder.exists():  # interrupted between the two
             before.rename(folder)
@@ -83,22 +96,36 @@ def check_writable(*paths: Path | None, overwrite: bool = False) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name that no process on any machine chooses twice."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.unfinished")
+    """A hidden name that no process on any machine chooses twice, short enough wherever the name itself is."""
+    return path.with_name(f".{path.name[:BESIDE]}.{secrets.token_hex(6)}.unfinished")
+
+
+def _unwritable(path: Path, error: Exception) -> OSError:
+    return OSError(f"{path} could not be written ({getattr(error, 'strerror', None) or error}); make room or choose another folder")
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Errors of what lies beside `path` name `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def _fill(beside: Path, write: Write, path: Path) -> None:
     """Writes a file down to the disk, readable by whom it should be; errors name `path`, for which it is meant."""
-    try:
+    with _told_of(path):
         beside.touch()
         mode = beside.stat().st_mode  # some writers, safetensors' among them, then keep others from reading their files
+    try:
         write(beside)
         beside.chmod(mode)
         with beside.open("r+b") as file:  # Windows syncs no file that is open for reading alone
             os.fsync(file.fileno())
     except (RuntimeError, SafetensorError) as error:  # how torch and safetensors say that the disk is full
-        raise OSError(f"{path} could not be written ({error}); make room or choose another folder") from error
+        raise _unwritable(path, error) from error
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
-        raise OSError(f"{path} could not be written ({error.strerror or error}); make room or choose another folder") from error
+        raise _unwritable(path, error) from error

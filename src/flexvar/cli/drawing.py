@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +29,17 @@ def run_sample(words: Words) -> None:
     asked, labels, seeds, stems = _asked(pipe, words)
     endings = [".png", *(["-strip.png"] if words.strip else [])]
     planned = [words.out / (stem + ending) for stem in stems for ending in endings] + ([words.out / "grid.png"] if words.grid else [])
-    _refuse_existing(planned, words.overwrite)
+    _check_free(words.out, planned, words.overwrite)
     settings = {"height": words.height, "width": words.width, **settings_of(words)}
     dtype = move(pipe, words)
-    pictures: list[Image.Image] = []
+    pictures: list[Image.Image] = []  # of the grid: without one, a long series is not kept in memory
     for part in progress(_parts(labels, words.batch), "drawing"):
         steps, how = _drawn(pipe, words, asked[part], seeds[part], settings)
         for i, picture in enumerate(_painted(steps[-1]), part.start):
             facts = {"model": words.model, "class": pipe.class_name(labels[i]), "seed": seeds[i], "dtype": dtype}
             _save_picture(picture, words.out / f"{stems[i]}.png", facts | how)
-            pictures.append(picture)
+            if words.grid:
+                pictures.append(picture)
         if words.strip:
             for i, strip in enumerate(zip(*(_painted(step) for step in steps), strict=True), part.start):
                 row = [scale.resize(strip[-1].size, resample=0) for scale in strip]
@@ -46,8 +49,7 @@ def run_sample(words: Words) -> None:
         columns = words.count if words.count > 1 else max(1, round(len(pictures) ** 0.5))
         captions = in_rows([pipe.class_name(label) for label in labels], columns)
         _save_picture(sheet(in_rows(pictures, columns), captions), words.out / "grid.png")
-    for path in planned:
-        print(path)
+    _print_paths(planned)
 
 
 def run_edit(words: Words) -> None:
@@ -66,30 +68,37 @@ def run_edit(words: Words) -> None:
     sheets = {image: words.out / f"{Path(image).stem}-{operation}-sheet.png" for image in stems} if words.sheet else {}
     if len(set(planned)) < len(planned):
         raise ValueError("two pictures have the same name and would overwrite each other; edit them into different folders with --out")
-    _refuse_existing([*planned, *sheets.values()], words.overwrite)
+    _check_free(words.out, [*planned, *sheets.values()], words.overwrite)
     own = {name: value for name in editing.keywords(operation) if (value := getattr(words, name, None)) is not None}
     own |= {"mask": read_given(words.mask)} if "mask" in own else {}
-    given = {image: read_given(image) for image in stems}
-    edits = {image: pipe.edit_of(operation, picture, **own) for image, picture in given.items()}
+
+    @lru_cache(maxsize=1)  # many large ones do not fit into memory together; one that is alone is prepared once
+    def prepared(image: str) -> tuple[Image.Image, Edit]:
+        given = read_given(image)
+        return given, pipe.edit_of(operation, given, **own)
+
+    for image in stems:
+        prepared(image)  # a picture that cannot be edited is told before any is drawn
     dtype = move(pipe, words)
     for image in progress(list(stems), "editing"):
-        finished: list[Image.Image] = []
+        given, edit = prepared(image)
+        finished: list[Image.Image] = []  # of the sheet
         facts = {"model": words.model, "edit": operation, "of": Path(image).name, "dtype": dtype}
         facts |= {name: value for name, value in own.items() if name != "mask"}
         for part in _parts(labels, words.batch):
-            steps, how = _drawn(pipe, words, asked[part], seeds[part], settings, edits[image])
+            steps, how = _drawn(pipe, words, asked[part], seeds[part], settings, edit)
             for i, picture in enumerate(_painted(steps[-1]), part.start):
                 what = {"class": pipe.class_name(labels[i]), "seed": seeds[i]}
                 _save_picture(picture, words.out / f"{stems[image][i]}.png", facts | how | what)
-                finished.append(picture)
+                if words.sheet:
+                    finished.append(picture)
         if words.sheet:
-            white = edits[image].white
-            mask = [] if white is None else to_pil(edits[image].canvas * (1 - white))  # grey where it is drawn
+            white = edit.white
+            mask = [] if white is None else to_pil(edit.canvas * (1 - white))  # grey where it is drawn
             captions = ["before", *["mask"] * len(mask), *(pipe.class_name(label) for label in labels)]
-            before = to_pil(over_white(pictures_of(given[image])))
+            before = to_pil(over_white(pictures_of(given)))
             _save_picture(sheet([[*before, *mask, *finished]], [captions]), sheets[image])
-    for path in [*planned, *sheets.values()]:
-        print(path)
+    _print_paths([*planned, *sheets.values()])
 
 
 def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[int], list[int], list[str]]:
@@ -115,9 +124,10 @@ def _drawn(
     """The steps of some pictures, and how they were drawn, to be kept in their files."""
     from flexvar.progress import within
     from flexvar.schedule import Schedule
+    from flexvar.writing import make_folder
 
     drawing = pipe.stream(asked, edit=edit, seed=seeds, **settings)  # complains of wrong settings at once
-    _make_folder(words.out)
+    make_folder(words.out)
     steps = list(within(drawing, len(pipe.settings.schedule_of(edit=edit, **settings)), "scales"))
     guidance, sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
     return steps, {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
@@ -213,16 +223,23 @@ def _file_name(pipe: FlexVARPipeline, label: int) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in pipe.class_name(label))
 
 
-def _refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
+def _check_free(folder: Path, paths: Sequence[Path], overwrite: bool) -> None:
+    """Raises FileExistsError where a file is in the folder's place, or in that of a picture and may not be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another --out")
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise FileExistsError(f"{existing[0]} exists; choose another --out or --seed, or add --overwrite")
 
 
-def _make_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+def _print_paths(paths: Sequence[Path]) -> None:
+    for path in paths:
+        print(_encodable(str(path), sys.stdout.encoding or "utf-8"))
+
+
+def _encodable(text: str, encoding: str = "utf-8") -> str:
+    """A text with question marks for what the encoding does not have: file names need not be text at all."""
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def _save_picture(picture: Image.Image, path: Path, facts: dict[str, Any] | None = None) -> None:
@@ -232,5 +249,5 @@ def _save_picture(picture: Image.Image, path: Path, facts: dict[str, Any] | None
 
     text = PngInfo()
     for name, value in (facts or {}).items():
-        text.add_itxt(name, str(value))
+        text.add_itxt(name, _encodable(str(value)))
     write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=text))

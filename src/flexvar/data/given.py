@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from flexvar.data.images import decoded, upright_rgb
+from flexvar.data.images import decoded, upright
 
 OnePicture: TypeAlias = Image.Image | np.ndarray | Tensor | str | Path
 GivenPictures: TypeAlias = OnePicture | Sequence[OnePicture]
@@ -59,12 +59,14 @@ def over_white(pictures: Tensor) -> Tensor:
 def mask_of(mask: GivenPictures, size: tuple[int, int]) -> Tensor:
     """A mask (B or 1, 1, H, W) in [0, 1] of `size` = (height, width), 1 where it is white. Of any size: it is resized to the picture's.
 
-    Colours count by their brightness, and what is transparent is black.
+    Colours count by their brightness, and what is transparent is black. Raises ValueError for one of zeros and ones out of 255.
     """
     given = pictures_of(mask, "the mask")
     red, green, blue, opaque = given.split(1, 1)
     grey = red if torch.equal(red, green) and torch.equal(red, blue) else 0.299 * red + 0.587 * green + 0.114 * blue
     white = grey * opaque
+    if 0 < white.max() <= 1 / 255:  # nobody's mask is so nearly black
+        raise ValueError("the mask holds nothing above 1 of 255; give bool values, or 255 for white")
     if white.shape[-2:] == tuple(size):
         return white
     return F.interpolate(white, size, mode="bilinear", antialias=True).clamp(0, 1)
@@ -79,8 +81,7 @@ def _channels_first(image: Any, what: str) -> Tensor:
             raise ValueError(f"{what} holds numbers of unknown range (mode F); give it as an array, floats from 0 to 1")
         if 0 in image.size:
             return torch.empty(1, 3, image.height, image.width)
-        plain = ImageOps.exif_transpose(image).convert("RGBA") if image.has_transparency_data else upright_rgb(image)
-        return torch.from_numpy(np.array(plain)).permute(2, 0, 1)[None] / 255
+        return torch.from_numpy(np.array(upright(image))).permute(2, 0, 1)[None].float() / 255
     if isinstance(image, np.ndarray):
         tensor = torch.from_numpy(image.astype(np.float32) / _largest(str(image.dtype), what))
         tensor = tensor.movedim(-1, -3) if tensor.ndim > 2 else tensor

@@ -179,15 +179,28 @@ def imagenet_classes() -> tuple[tuple[str, str], ...]:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """A picture as a person sees it: mode RGB, turned as its EXIF tag says, transparency over white."""
+    image = upright(image)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB") if image.mode == "RGBA" else image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture of any mode turned as its EXIF tag says: mode RGBA where something may be transparent, otherwise RGB.
+
+    ValueError for whole numbers of 32 bits that may be 0 to 255 or 0 to 65535.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white instead of scaling
-        values = np.asarray(image).astype(np.float32) / 257
-        return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+        values = np.asarray(image).astype(np.float32)
+        if image.mode == "I" and values.max() <= 255:
+            raise ValueError(f"the picture holds whole numbers up to {values.max():.0f} in 32 bits; convert it to mode L for 0 to 255")
+        grey = Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8))
+        if (hidden := image.info.get("transparency")) is None:
+            return grey.convert("RGB")
+        grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+        return grey.convert("RGBA")
+    if image.mode == "La":  # which converts to nothing else
+        image = image.convert("LA")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _classes_in(root: Path) -> dict[str, list[Path]]:
