@@ -15,8 +15,11 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from flexvar.checkpoint import load
+from flexvar.cli import main
 from flexvar.data import Augmentation, HubPictures, ImageFolder, PictureSource
 from flexvar.data.hub import stored_picture
+from training_runs import tokenizer_config, transformer_config
 
 SIZE = (24, 32)
 CLASSES = ["cat", "dog"]
@@ -152,6 +155,16 @@ class Drawn(Dataset[tuple[bytes, int]]):
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         pixels, label = self.source.draw(index, SIZE, np.random.default_rng(index))
         return pixels.tobytes(), label
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("hub", 0), ("hub", 1), ("hub-stream", 1)])
+def test_both_stages_are_trained_on_them(kind: str, workers: int, tmp_path: Path, capsys) -> None:
+    stored = parquet(tmp_path / "stored", table([png(i) for i in range(12)]), files=2)
+    words = [f"data={{kind: {kind}, path: {stored}}}", f"workers={workers}", "steps=2"]
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), *words]) == 0, capsys.readouterr().err
+    config = str(transformer_config(tmp_path, tmp_path / "tokenizer" / "model"))
+    assert main(["train", "transformer", config, *words]) == 0, capsys.readouterr().err
+    assert load(tmp_path / "transformer" / "model").class_names == tuple(CLASSES)
 
 
 def test_loader_workers_and_pickled_copies_draw_the_same(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from flexvar.training.pictures import batches_of, measured_batches
 from flexvar.training.settings import TokenizerRun
 from flexvar.training.start import _same_classes
 from flexvar.training.stream import PICTURES_A_SHARD, Stream
-from training_runs import newest_state, reports, tokenizer_config, transformer_config
+from training_runs import assert_same_end, newest_state, reports, tokenizer_config, transformer_config
 
 
 @pytest.mark.parametrize("count", [1, 23, 30])
@@ -276,6 +276,15 @@ def test_held_out_pictures(tmp_path: Path, capsys) -> None:
     (tmp_path / "unseen" / "arrow").rmdir()
     assert main(["train", "transformer", str(transformer_config(tmp_path, model, name="again")), *data]) == 2
     assert "has other classes than" in capsys.readouterr().err
+
+
+def test_a_run_that_reads_files_beside_itself_goes_on_to_the_bit(tmp_path: Path, capsys) -> None:
+    assert main(["data", "shapes", str(tmp_path / "shapes"), "--count", "2", "--height", "20", "--width", "20"]) == 0
+    words = [f"data={{kind: folder, path: {tmp_path / 'shapes'}}}", "workers=2", "optimiser.flat=1", "restart_every=0"]
+    for name, pieces in (("whole", [4]), ("pieces", [2, 4])):
+        for steps in pieces:
+            assert main(["train", "tokenizer", str(tokenizer_config(tmp_path, steps, name)), *words]) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "pieces")
 
 
 def test_one_class_means_no_class(tmp_path: Path, capsys) -> None:

@@ -420,3 +420,25 @@ def test_killed_in_the_middle_of_a_checkpoint(stage: str, processes: int, tokeni
     assert_same_end(tmp_path / "pieces", tmp_path / "in-one-piece")
     assert not list((tmp_path / "pieces" / "checkpoints").glob(".*.unfinished"))
     assert len(lines(tmp_path / "pieces")) == len(lines(tmp_path / "in-one-piece"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_checkpoint_is_gone_on_from_by_another_number_of_processes(before: int, after: int, tokenizer: Path, tmp_path: Path) -> None:
+    """The same training up to rounding, since the pictures of a step are the same ones."""
+
+    def trained(name: str, steps: int, processes: int) -> None:
+        config = transformer_config(tmp_path, tokenizer, 8, name)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        # A flat learning rate, since its course is over all steps that are asked for.
+        command = [sys.executable, *launch, "-m", "flexvar", "train", "transformer", str(config), f"steps={steps}", "optimiser.flat=1"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+    trained("one", 8, 1)
+    trained("other", 4, before)
+    trained("other", 8, after)
+    assert [report["step"] for report in reports(tmp_path / "other")] == list(range(1, 9))
+    for ours, theirs in zip(reports(tmp_path / "one"), reports(tmp_path / "other"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
