@@ -242,6 +242,7 @@ def test_measuring_is_repeatable_and_can_be_switched_off(tokenizer: Path, tmp_pa
 
 def test_what_a_report_says(tokenizer: Path, tmp_path: Path, capsys) -> None:
     report = reports(run(tokenizer, tmp_path, "said", "report_every=4"))[-1]
+    assert report["loss_of_guessing"] == pytest.approx(math.log(16))
     assert {"step", "loss", "accuracy", "gradient_norm", "learning_rate", "seconds", "skipped_steps"} <= set(report)
     assert 0 < report["share_of_matrix_rate"] < 1
     assert report["tokens_per_second"] > report["pictures_per_second"] > 0

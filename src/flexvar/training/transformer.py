@@ -78,7 +78,8 @@ class TransformerWorkshop(Workshop):
         logits = network(labels, inputs, schedule, paths=paths, attention=config.attention, recompute=recompute)  # (B, L, V)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)  # (B, L)
         right = (logits.detach().argmax(-1) == targets).float()
-        figures = {"loss": losses.mean().detach(), "accuracy": right.mean()}
+        of_guessing = losses.new_full((), math.log(logits.shape[-1]))  # what an untrained model has
+        figures = {"loss": losses.mean().detach(), "loss_of_guessing": of_guessing, "accuracy": right.mean()}
         for (h, w), at in zip(schedule, schedule.slices, strict=True):
             figures |= {f"loss/{h}x{w}": losses[:, at].detach().mean(), f"accuracy/{h}x{w}": right[:, at].mean()}
         return losses.mean(), figures
@@ -129,11 +130,11 @@ class TransformerWorkshop(Workshop):
     # -- what is seen of it --
 
     def measured(self, network: nn.Module, batches: list[Batch]) -> dict[str, Any]:
-        """Loss and accuracy with all labels and paths, over all scales and by scale; and what guessing gives."""
+        """Loss and accuracy with all labels and paths, over all scales and by scale."""
         meter = Meter()
         for batch in batches:
             meter.add(self.loss(network, batch)[1])
-        return {**nested(meter.averages(alone=True)), "loss_of_guessing": math.log(self.transformer.config.codebook_size)}
+        return nested(meter.averages(alone=True))
 
     def sheet(self, network: nn.Module, out: BinaryIO) -> None:
         """Samples at fixed seeds: a row for each of the picture sizes, all of `sheet_labels`."""
