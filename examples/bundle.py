@@ -1,10 +1,12 @@
-"""Ships a trained model: `python -m examples.bundle RUN/model OUT_FOLDER`. Half the size; data, licence, machine and trainings named."""
+"""Ships a trained model: `python -m examples.bundle RUN/model OUT_FOLDER [--tokenizer MODEL]`.
+
+Half the size; data, licence, machine and trainings named.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from flexvar.checkpoint import load, save
 from flexvar.data import aliases_of
+from flexvar.models import model_folder
 
 ABOUT = {
     "about": "48 well-known emoji on plain backgrounds, drawn scale by scale; trained from random weights with `flexvar train`",
@@ -20,29 +23,43 @@ ABOUT = {
     "machine": "2 CPU cores (AMD EPYC), no GPU; the cores were shared with other work, so `seconds` is an upper bound",
 }
 
+EARLIER = "earlier runs of the {}"
+ROUNDING = 0.01  # to bfloat16
 
-def with_earlier_runs(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model says of itself, and beside its transformer's run those that this one began from, the first one first."""
-    if "earlier runs of the transformer" in provenance:
-        return dict(provenance)
-    earlier: list[Any] = []
-    begun_from = provenance["transformer"]["config"]["init_from"]
-    while begun_from:
-        run = load(begun_from).provenance["transformer"]
-        earlier.insert(0, run)
+
+def runs_of(part: str, name: str) -> list[Any]:
+    """What a model says of the runs that made its "tokenizer" or "transformer", the first one first: those it began from, and its own."""
+    provenance = load(model_folder(name)).provenance
+    run, earlier = provenance[part], provenance.get(EARLIER.format(part))
+    if earlier is None:
         begun_from = run["config"]["init_from"]
-    return ({"earlier runs of the transformer": earlier} if earlier else {}) | dict(provenance)
+        earlier = runs_of(part, begun_from) if begun_from else []
+    return [*earlier, run]
+
+
+def all_runs(**models: str) -> dict[str, Any]:
+    """For each part of a model, trained as the model of that name says: its own run, and those before."""
+    told: dict[str, Any] = {}
+    for part, name in models.items():
+        *earlier, own = runs_of(part, name)
+        told |= ({EARLIER.format(part): earlier} if earlier else {}) | {part: own}
+    return told
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description="Writes a trained model in bfloat16 with its provenance.")
-    arguments.add_argument("model", type=Path)
+    arguments.add_argument("model", help="folder or name")
     arguments.add_argument("out", type=Path)
+    arguments.add_argument("--tokenizer", help="another model, whose tokenizer has the same codes and a decoder that learnt more")
     arguments.add_argument("--overwrite", action="store_true")
     words = arguments.parse_args()
-    model = load(words.model)
-    provenance = ABOUT | with_earlier_runs(model.provenance) | ABOUT  # first in the file, whatever the tokenizer's folder said
-    model = dataclasses.replace(model, provenance=provenance, aliases=aliases_of(model.class_names))
+    painted_by = words.tokenizer or words.model
+    model, painter = load(model_folder(words.model)), load(model_folder(painted_by)).tokenizer
+    codes = [tokenizer.quantizer.codebook for tokenizer in (model.tokenizer, painter)]
+    if codes[0].shape != codes[1].shape or not torch.allclose(*codes, atol=ROUNDING):
+        arguments.error(f"{painted_by} has other codes than {words.model}; name a tokenizer that began from its own with learns=decoder")
+    provenance = ABOUT | all_runs(tokenizer=painted_by, transformer=words.model)
+    model = dataclasses.replace(model, tokenizer=painter, provenance=provenance, aliases=aliases_of(model.class_names))
     save(model, words.out, dtype=torch.bfloat16, overwrite=words.overwrite)
     for path in sorted(words.out.iterdir()):
         print(f"{path}  {path.stat().st_size / 2**20:.2f} MiB")

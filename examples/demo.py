@@ -16,20 +16,25 @@ from flexvar.schedule import grid_of
 from flexvar.sheet import sheet, to_pil
 
 SHOWN = ("pizza", "panda", "ghost", "red heart", "frog", "rocket", "sunflower", "octopus", "cat face", "strawberry", "cactus", "rainbow")
-ZOOM = 2  # the bundled model draws 64 px pictures; sheets are for people
+SHOWN_SIDE = 128  # px: smaller models' pictures are enlarged, as sheets are for people
 FRAME, PAUSE = 350, 2000  # milliseconds
 
 
-def enlarged(picture: Image.Image) -> Image.Image:
-    """A small picture at twice its size, for the eye."""
-    return picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.BICUBIC)
+def zoom_of(pipe: FlexVARPipeline) -> int:
+    """How much larger the pictures of a small model are shown."""
+    return max(1, SHOWN_SIDE // pipe.defaults.height)
+
+
+def enlarged(picture: Image.Image, zoom: int) -> Image.Image:
+    """A small picture, for the eye."""
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.BICUBIC)
 
 
 def classes_sheet(pipe: FlexVARPipeline) -> Image.Image:
     """Twelve classes, three pictures of each."""
     names = [name for name in SHOWN if name in pipe.class_names] or list(pipe.class_names[:12])
     drawn = [pipe(names, seed=100 * row, batch_size=12).images for row in range(3)]
-    return sheet([[enlarged(picture) for picture in row] for row in drawn], [names, [], []])
+    return sheet([[enlarged(picture, zoom_of(pipe)) for picture in row] for row in drawn], [names, [], []])
 
 
 def sizes_sheet(pipe: FlexVARPipeline, label: str) -> Image.Image:
@@ -38,7 +43,7 @@ def sizes_sheet(pipe: FlexVARPipeline, label: str) -> Image.Image:
     small, long = side * 5 // 8, side * 15 // 8
     half, large = side * 3 // 4, side * 3 // 2
     sizes = [(side, side), (small, long), (half, large), (long, small), (large, half), (large, large)]
-    pictures = [enlarged(pipe(label, height=height, width=width, seed=7).images[0]) for height, width in sizes]
+    pictures = [enlarged(pipe(label, height=height, width=width, seed=7).images[0], zoom_of(pipe)) for height, width in sizes]
     captions = [f"{height} x {width}" for height, width in sizes]
     return sheet([pictures[:3], pictures[3:]], [captions[:3], captions[3:]])
 
@@ -47,7 +52,7 @@ def steps_sheet(pipe: FlexVARPipeline, labels: list[str]) -> Image.Image:
     """The same seeds in four numbers of steps."""
     h, w = grid_of(pipe.defaults.height, pipe.defaults.width, pipe.tokenizer.config.downsample)
     schedules = [Schedule.for_grid(h, w, steps) for steps in (4, 6, 8, 10)]  # equal scales merge, so there may be fewer
-    rows = [[enlarged(picture) for picture in pipe(labels, schedule=schedule, seed=3).images] for schedule in schedules]
+    rows = [[enlarged(picture, zoom_of(pipe)) for picture in pipe(labels, schedule=schedule, seed=3).images] for schedule in schedules]
     return sheet(rows, [[f"{len(schedule)} steps"] for schedule in schedules])
 
 
@@ -58,7 +63,8 @@ def growing(pipe: FlexVARPipeline, label: str) -> list[Image.Image]:
     films = []
     for height, width in ((side, side), (small, long), (long, small)):
         steps = pipe.stream(label, height=height, width=width, seed=7)
-        films.append([to_pil(step.images)[0].resize((width * ZOOM, height * ZOOM), Image.Resampling.BICUBIC) for step in steps])
+        full = width * zoom_of(pipe), height * zoom_of(pipe)
+        films.append([to_pil(step.images)[0].resize(full, Image.Resampling.BICUBIC) for step in steps])
     last = max(map(len, films))
     return [sheet([[film[min(frame, len(film) - 1)] for film in films]]) for frame in range(last)]
 
@@ -66,7 +72,7 @@ def growing(pipe: FlexVARPipeline, label: str) -> list[Image.Image]:
 def scales_sheet(pipe: FlexVARPipeline, labels: list[str]) -> Image.Image:
     """Every scale of some pictures, each decoded by itself: each is a whole picture."""
     steps = list(pipe.stream(labels, seed=11))
-    full = steps[-1].images.shape[-1] * ZOOM
+    full = steps[-1].images.shape[-1] * zoom_of(pipe)
     columns = [[picture.resize((full, full), Image.Resampling.NEAREST) for picture in to_pil(step.images)] for step in steps]
     rows = [list(row) for row in zip(*columns, strict=True)]
     captions = [f"{h} x {w} codes" for h, w in (step.size for step in steps)]

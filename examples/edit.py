@@ -7,10 +7,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from examples.demo import enlarged, zoom_of
 from flexvar import FlexVARPipeline
 from flexvar.sheet import sheet
-
-ZOOM = 2
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
         wider = pipe.outpaint(given, label, left=width // 2, right=width // 2, seed=3).images[0]
         larger = pipe.upscale(given, 1.5, label, seed=3).images[0]
         shown = [given, refined, missing, painted, wider, larger]
-        rows.append([picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.BICUBIC) for picture in shown])
+        rows.append([enlarged(picture, zoom_of(pipe)) for picture in shown])
     captions = ["given", "refine 0.5", "without its half", "inpaint", "outpaint", "upscale 1.5"]
     sheet(rows, [captions, *[[]] * (len(rows) - 1)]).save(words.out)
 

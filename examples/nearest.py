@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from examples.demo import SHOWN, enlarged
+from examples.demo import SHOWN, enlarged, zoom_of
 from flexvar import FlexVARPipeline
 from flexvar.data import EmojiScenes
 from flexvar.evaluation import renderings
@@ -39,7 +39,8 @@ def nearest_sheet(pipe: FlexVARPipeline, names: list[str], count: int) -> Image.
         captions.append(f"{distance * 127.5:.0f} levels apart")
     drawn, real = to_pil(samples), to_pil(torch.stack(found))
     rebuilt = [pipe.reconstruct(picture).images[0] for picture in real]
-    return sheet([[enlarged(picture) for picture in row] for row in (drawn, real, rebuilt)], [names, captions, ["rebuilt"] * len(names)])
+    rows = [[enlarged(picture, zoom_of(pipe)) for picture in row] for row in (drawn, real, rebuilt)]
+    return sheet(rows, [names, captions, ["rebuilt"] * len(names)])
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from flexvar import zoo
-from flexvar.checkpoint import load
+from flexvar.checkpoint import load, save
 from flexvar.training.config import read_config
 from flexvar.training.settings import TokenizerRun, TransformerRun
 
@@ -121,6 +123,29 @@ def test_the_bundled_model_was_trained_as_the_configs_say() -> None:
         assert {name: told[name] for name in known} == {name: asked[name] for name in known}
         assert len(known) >= 20
     assert coarse["config"]["finest"] == 8
+
+
+def test_bundling_takes_a_tokenizer_of_the_same_codes_alone(tmp_path: Path, monkeypatch, capsys) -> None:
+    model = load(zoo.bundled_folder("emoji"))
+    painter, other = copy.deepcopy(model.tokenizer), copy.deepcopy(model.tokenizer)
+    with torch.no_grad():
+        painter.after_codes.weight += 0.25
+        other.quantizer.codebook.neg_()
+    began = {"trained": {"steps": 7}, "config": {"init_from": "emoji"}}
+    for name, tokenizer in (("painter", painter), ("other", other)):
+        save(dataclasses.replace(model, tokenizer=tokenizer, transformer=None, provenance={"tokenizer": began}), tmp_path / name)
+    words = ["bundle", "emoji", str(tmp_path / "out"), "--tokenizer"]
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "painter")])
+    bundle.main()
+    made = load(tmp_path / "out")
+    torch.testing.assert_close(made.tokenizer.after_codes.weight, painter.after_codes.weight, rtol=0.01, atol=0.001)
+    assert made.provenance["tokenizer"] == began
+    assert made.provenance["earlier runs of the tokenizer"] == bundle.runs_of("tokenizer", "emoji")
+    assert made.provenance["transformer"] == model.provenance["transformer"]
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "other")])
+    with pytest.raises(SystemExit):
+        bundle.main()
+    assert "has other codes than emoji; name a tokenizer that began from its own with learns=decoder" in capsys.readouterr().err
 
 
 def test_bundling_halves_the_weights(tmp_path: Path, monkeypatch, capsys) -> None:
