@@ -38,8 +38,7 @@ from flexvar.evaluation.metrics import (
     moments,
     precision_recall,
 )
-from flexvar.rates import disturbed
-from flexvar.training.meter import matrix_rate
+from flexvar.rates import disturbed, matrix_rate
 
 SAMPLES, REFERENCE, DIMENSIONS, SPATIAL, CLASSES = 50_000, 10_000, 2048, 2023, 1008
 SECONDS, GIBIBYTES = 240, 4

@@ -31,9 +31,8 @@ from flexvar import Schedule, Tokenizer, TokenizerConfig
 from flexvar.accounting import training_flops
 from flexvar.attention import AttentionName
 from flexvar.processes import keep_memory
-from flexvar.rates import device_name, wait_for
+from flexvar.rates import device_name, matrix_rate, wait_for
 from flexvar.schedule import RandomPolicy
-from flexvar.training.meter import matrix_rate
 
 PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|baddbmm|linear|.*convolution.*|.*(flash|efficient|dot_product).*attention.*)|flex_attention.*")
 """Operations that multiply matrices."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from flexvar import rates
-from flexvar.rates import Rates, disturbed, measure_rates
+from flexvar.rates import Rates, disturbed, matrix_rate, measure_rates
 
 CPU = torch.device("cpu")
 
@@ -46,3 +47,14 @@ def test_what_is_more_than_a_tenth_apart_was_disturbed() -> None:
     assert calm.apart(Rates(0.8, 1.0, 1.0))
     assert calm.apart(Rates(1.0, 1.2, 1.0))
     assert not calm.apart(Rates(1.0, 1.0, 0.5))  # memory is never at rest
+
+
+def test_a_matrix_rate_is_one_of_this_century() -> None:
+    assert 1e8 < matrix_rate(CPU, torch.float32) < 1e15
+
+
+def test_a_matrix_rate_of_slow_products_is_taken_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(0, 2)
+    monkeypatch.setattr("flexvar.rates.time.perf_counter", lambda: next(seconds))
+    assert matrix_rate(CPU, torch.float32) == 1024**3
+    assert next(seconds) == 4  # the clock was read twice

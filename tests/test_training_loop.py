@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import signal
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flexvar.checkpoint import load
 from flexvar.cli import main
 from flexvar.training.loop import _fetched, _Run
-from flexvar.training.meter import Meter, matrix_rate, nested
+from flexvar.training.meter import Meter, nested
 from flexvar.training.pictures import spare_cores
 from flexvar.training.run_folder import RunFolder
 from training_runs import assert_equal, assert_same_end, lines, measurements, newest_state, reports, tokenizer_config, transformer_config
@@ -260,17 +259,6 @@ def test_a_meter_averages_what_not_all_steps_have() -> None:
     assert averages == {"loss": 2.0, "loss/10x1": 5.0, "loss/2x2": 4.0}
     assert nested(averages) == {"loss": 2.0, "loss_by_scale": {"2x2": 4.0, "10x1": 5.0}}
     assert meter.averages() == {}
-
-
-def test_a_matrix_rate_is_one_of_this_century() -> None:
-    assert 1e8 < matrix_rate(torch.device("cpu"), torch.float32) < 1e15
-
-
-def test_a_matrix_rate_of_slow_products_is_taken_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = itertools.count(0, 2)
-    monkeypatch.setattr("flexvar.training.meter.time.perf_counter", lambda: next(seconds))
-    assert matrix_rate(torch.device("cpu"), torch.float32) == 1024**3
-    assert next(seconds) == 4  # the clock was read twice
 
 
 def flexvar(*words: str, **options) -> subprocess.Popen:

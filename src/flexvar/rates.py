@@ -15,6 +15,9 @@ from torch import Tensor
 SECONDS_A_RATE = 0.5
 """How long each shape is measured."""
 
+SECONDS_AT_MOST = 1.0
+"""After so many the largest product is not measured again."""
+
 MEMORY_TAKEN = 2**30
 """Bytes that are enough for it on a CPU."""
 
@@ -117,6 +120,21 @@ def _rate(device: torch.device, work: Callable[[], Tensor], amount: int) -> floa
         wait_for(device)
         seconds.append(time.perf_counter() - began)
     return amount / statistics.median(seconds)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product of matrices of random numbers, the best of six: what the device can do at most in this precision.
+
+    The best of fewer where a CPU without instructions for half precision takes seconds for each.
+    """
+    side = LARGE_PRODUCT if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    seconds: list[float] = []
+    while len(seconds) < 6 and sum(seconds) < SECONDS_AT_MOST:
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
 
 
 def wait_for(device: torch.device) -> None:

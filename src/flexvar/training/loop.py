@@ -28,7 +28,8 @@ from tqdm import tqdm
 from flexvar.data.images import count_of_unreadable
 from flexvar.memory import is_out_of_memory
 from flexvar.processes import MOST_WORKERS
-from flexvar.training.meter import Meter, Work, matrix_rate, nested
+from flexvar.rates import matrix_rate
+from flexvar.training.meter import Meter, Work, nested
 from flexvar.training.optimiser import learning_rate, parameter_groups, precision
 from flexvar.training.order import Batch, shared
 from flexvar.training.run_folder import RunFolder

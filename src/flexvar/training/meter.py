@@ -1,8 +1,7 @@
-"""Figures of many steps and processes, averaged; and how fast a device multiplies matrices, to compare with."""
+"""Figures of many steps and processes, averaged."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 
 Figures = dict[str, Tensor]
 """Scalars by name; "loss/4x4" is the loss of the scale 4x4."""
-
-SECONDS_FOR_A_RATE = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,18 +55,3 @@ def nested(figures: dict[str, float]) -> dict[str, float | dict[str, float]]:
         assert isinstance(group, dict)
         group[scale] = value
     return result
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large product of matrices of random numbers, the best of six: what the device can do at most in this precision.
-
-    The best of fewer where a CPU without instructions for half precision takes seconds for each.
-    """
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds: list[float] = []
-    while len(seconds) < 6 and sum(seconds) < SECONDS_FOR_A_RATE:
-        began = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / min(seconds)
