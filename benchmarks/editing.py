@@ -1,4 +1,4 @@
-"""Measures editing: `python -m benchmarks.editing [--model FOLDER | --shapes FOLDER] [--pictures 144] [--seed 0] [--quick]`.
+"""Measures editing: `python -m benchmarks.editing [--model FOLDER | --shapes FOLDER] [--side PIXELS] [--pictures N] [--seed N] [--quick]`.
 
 Unseen drawings lose a random quarter, half, or their centre, and are completed with their class given. One line for each way to do it:
 class accuracy of the completed pictures over that of the untouched ones; the seam, over that of the untouched ones; PSNR of the completed
@@ -154,9 +154,9 @@ def rebuilt(tokenizer: Tokenizer, pictures: Tensor) -> Tensor:
 class Trial:
     """Unseen pictures (N, 3, side, side) in [-1, 1] and their masks, the model that edits them, and the judge of their class."""
 
-    def __init__(self, pipe: FlexVARPipeline, source: PictureSource, judge: Classifier, count: int, seed: int) -> None:
+    def __init__(self, pipe: FlexVARPipeline, source: PictureSource, judge: Classifier, side: int, count: int, seed: int) -> None:
         self.pipe, self.source, self.judge, self.seed = pipe, source, judge, seed
-        side, reach = pipe.defaults.height, 2 * pipe.tokenizer.config.downsample
+        reach = 2 * pipe.tokenizer.config.downsample
         self.real, self.labels = renderings(source, count, (side, side), UNSEEN_SEED)
         self.meaning = torch.tensor([judge.class_names.index(name) for name in pipe.class_names])[self.labels]
         self.masks, self.rebuilt = random_masks(count, side), rebuilt(pipe.tokenizer, self.real)
@@ -207,11 +207,12 @@ class Trial:
 def trial_of(words: argparse.Namespace) -> Trial:
     """What the words ask for. The judge of drawn shapes is trained here, as in benchmarks.shapes."""
     pipe, count = FlexVARPipeline.from_pretrained(words.shapes or words.model or "emoji"), 48 if words.quick else words.pictures
+    side = words.side or pipe.defaults.height
     if words.shapes is None:
-        return Trial(pipe, EmojiScenes(pipe.class_names), load_classifier(), count, words.seed)
+        return Trial(pipe, EmojiScenes(pipe.class_names), load_classifier(), side, count, words.seed)
     steps = round(CLASSIFIER_STEPS * (1 if words.quick else FLOORS_FROM))
-    judge = train_classifier(Shapes(), steps=steps, batch=CLASSIFIER_BATCH, seed=0, size=pipe.defaults.height)
-    return Trial(pipe, Shapes(), judge, count, words.seed)
+    judge = train_classifier(Shapes(), steps=steps, batch=CLASSIFIER_BATCH, seed=0, size=side)
+    return Trial(pipe, Shapes(), judge, side, count, words.seed)
 
 
 def main() -> int:
@@ -220,6 +221,7 @@ def main() -> int:
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--model", type=Path, metavar="FOLDER", help="a model of emoji; default: the bundled one")
     models.add_argument("--shapes", type=Path, metavar="FOLDER", help="a model of drawn shapes, such as benchmarks.shapes trains")
+    parser.add_argument("--side", type=int, help="of the pictures, in px (default: the model's own)")
     parser.add_argument("--pictures", type=int, default=144, help="pictures to complete in each way (default 144)")
     parser.add_argument("--seed", type=int, default=0, help="the first picture's; the others count on from it (default 0)")
     parser.add_argument("--quick", action="store_true", help="48 pictures, the default way only")

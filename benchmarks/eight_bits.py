@@ -1,4 +1,4 @@
-"""What 8-bit weights cost in quality: `python -m benchmarks.eight_bits [--model FOLDER] [--pictures 960] [--scenes 480]`.
+"""What 8-bit weights cost in quality: `python -m benchmarks.eight_bits [--model FOLDER] [--side PIXELS] [--pictures 960] [--scenes 480]`.
 
 The model is compared with itself in float32: on unseen scenes, whose codes are given, by the likeliest and the sampled codes of every
 scale (guided, as in drawing) and by the loss; then by the class accuracy of pictures drawn from the same seeds. Timings: benchmarks.speed.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.emoji import AT_ONCE, THREADS, UNSEEN_SEED, default_schedule, draw, shares
+from benchmarks.emoji import AT_ONCE, THREADS, UNSEEN_SEED, draw, shares
 from flexvar import Keep, Sampling, Schedule, generate
 from flexvar.checkpoint import Model, load
 from flexvar.data import EmojiScenes
@@ -24,6 +24,7 @@ from flexvar.evaluation import class_accuracy, load_classifier, renderings
 from flexvar.generation import draw_scales
 from flexvar.linear import to_int8
 from flexvar.sampling import choose
+from flexvar.settings import Settings
 from flexvar.zoo import bundled_folder
 
 
@@ -31,6 +32,7 @@ def main() -> int:
     """Prints one measure a line; gives the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.eight_bits", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=bundled_folder("emoji"), metavar="FOLDER", help="default: the bundled one")
+    parser.add_argument("--side", type=int, help="of all pictures, in px (default: the model's own)")
     parser.add_argument("--pictures", type=int, default=960, help="samples to draw (default 960)")
     parser.add_argument("--scenes", type=int, default=480, help="unseen renderings (default 480)")
     words = parser.parse_args()
@@ -41,8 +43,9 @@ def main() -> int:
     assert rounded.transformer is not None
     to_int8(rounded.transformer)
 
-    schedule, names = default_schedule(plain), plain.class_names
-    scenes, labels = renderings(EmojiScenes(names), words.scenes, (plain.defaults.height, plain.defaults.width), UNSEEN_SEED)
+    side, names = words.side or plain.defaults.height, plain.class_names
+    schedule = Settings(plain).schedule_of(side, side)
+    scenes, labels = renderings(EmojiScenes(names), words.scenes, (side, side), UNSEEN_SEED)
     one, other = (said(model, scenes, labels, schedule) for model in (plain, rounded))
     print(f"likeliest codes that agree   {(one[0] == other[0]).float().mean():.1%}")
     print(f"sampled codes that agree     {(one[1] == other[1]).float().mean():.1%}")

@@ -1,4 +1,4 @@
-"""Measures the bundled model: `python -m benchmarks.emoji [--model FOLDER] [--pictures 500] [--quick]`.
+"""Measures the bundled model: `python -m benchmarks.emoji [--model FOLDER] [--side PIXELS] [--pictures 500] [--quick]`.
 
 One measure a line: what was found, the target where there is one, and "ok" or "short". Exit status 1 when one falls short, 2 when
 something is missing. A folder that holds a tokenizer only gets the tokenizer's and the classifier's lines.
@@ -47,21 +47,20 @@ class Measure:
         return f"{self.name:<44} {self.found:<36} {self.target:<10} {verdict}".rstrip()
 
 
-def measures(model: Model, folder: Path, classifier: Classifier, pictures: int, scenes: int) -> Iterator[Measure]:
-    """Every measure as soon as it is made. Raises ValueError when the classifier does not know a class of the model."""
+def measures(model: Model, folder: Path, classifier: Classifier, side: int, pictures: int, scenes: int) -> Iterator[Measure]:
+    """Every measure as soon as it is made, of pictures of `side` px. Raises ValueError when the classifier does not know a class."""
     names = model.class_names or classifier.class_names
     unknown = [name for name in names if name not in classifier.class_names]
     if unknown:
         raise ValueError(f"the classifier does not know {len(unknown)} classes of {folder}, {unknown[0]!r} first; train one that does")
     meaning = torch.tensor([classifier.class_names.index(name) for name in names])  # the model's labels to the classifier's
 
-    size = model.defaults.height, model.defaults.width
-    unseen, labels = renderings(EmojiScenes(names), scenes, size, UNSEEN_SEED)
+    unseen, labels = renderings(EmojiScenes(names), scenes, (side, side), UNSEEN_SEED)
     right, total = class_accuracy(classifier, unseen, meaning[labels])
     real = right / total
     yield Measure("classifier on unseen renderings", shares(right, total), f">= {CLASSIFIER_ACCURACY:.0%}", real >= CLASSIFIER_ACCURACY)
 
-    schedule = default_schedule(model)
+    schedule = Settings(model).schedule_of(side, side)
     yield from tokenizer_measures(model, unseen, schedule)
     if model.transformer is None:
         return
@@ -75,7 +74,7 @@ def measures(model: Model, folder: Path, classifier: Classifier, pictures: int, 
     files = [path.stat().st_size / 2**20 for path in folder.rglob("*") if path.is_file()]
     yield Measure("model folder, MiB", f"{sum(files):.2f}", f"<= {FOLDER_MIB:g}", sum(files) <= FOLDER_MIB)
     yield Measure("its largest file, MiB", f"{max(files):.2f}", f"<= {FILE_MIB:g}", max(files) <= FILE_MIB)
-    yield Measure(f"one picture of {size[0]} x {size[1]}, seconds on {THREADS} threads", f"{seconds_a_picture(model, schedule):.2f}")
+    yield Measure(f"one picture of {side} x {side}, seconds on {THREADS} threads", f"{seconds_a_picture(model, schedule):.2f}")
 
 
 def tokenizer_measures(model: Model, scenes: Tensor, schedule: Schedule) -> Iterator[Measure]:
@@ -97,13 +96,8 @@ def tokenizer_measures(model: Model, scenes: Tensor, schedule: Schedule) -> Iter
         yield Measure(f"perplexity of the codes at {size[0]}x{size[1]}", f"{torch.special.entr(count / count.sum()).sum().exp():.1f}")
 
 
-def default_schedule(model: Model) -> Schedule:
-    """The scales that the model draws when it is not told otherwise."""
-    return Settings(model).schedule_of()
-
-
 def draw(model: Model, schedule: Schedule, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Pictures (N, 3, H, W), about [-1, 1], in the model's default way. Shows a bar on a terminal."""
+    """Pictures (N, 3, H, W), about [-1, 1], guided and sampled in the model's default way. Shows a bar on a terminal."""
     assert model.transformer is not None
     drawn = []
     for start in tqdm(range(0, len(labels), AT_ONCE), desc="drawing", unit="batch", disable=None):
@@ -136,6 +130,7 @@ def main() -> int:
     """Prints the measures; gives the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=bundled_folder("emoji"), metavar="FOLDER", help="default: the bundled one")
+    parser.add_argument("--side", type=int, help="of all pictures, in px (default: the model's own)")
     parser.add_argument("--pictures", type=int, default=500, help="samples to draw (default 500)")
     parser.add_argument("--quick", action="store_true", help="96 samples and 240 scenes, in less than a minute")
     words = parser.parse_args()
@@ -146,7 +141,7 @@ def main() -> int:
         if not words.model.is_dir():
             raise FileNotFoundError(f"there is no model folder {words.model}; train one, or name another with --model")
         model = load(words.model)
-        for measure in measures(model, words.model, load_classifier(), pictures, scenes):
+        for measure in measures(model, words.model, load_classifier(), words.side or model.defaults.height, pictures, scenes):
             print(measure, flush=True)
             short |= measure.reached is False
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
