@@ -154,12 +154,14 @@ def warn_of_differences(tokenizer: TokenizerConfig, transformer: TransformerConf
 def to_released(module: Tokenizer | Transformer) -> dict[str, Tensor]:
     """The tensors of a model under their released names and shapes, the meaningless ones included: what the released loader takes.
 
-    They lie on the CPU in float32, as those of the released files do, wherever the model is and whatever it computes in.
+    They lie on the CPU in float32, as those of the released files do, wherever the model is and whatever it computes in; those of a model
+    without data have none.
     """
     released = {}
     for name, tensor in module.state_dict().items():
         theirs = released_name(name)
-        released[theirs] = tensor.detach().to("cpu", torch.float32).reshape(_released_shape(theirs, tuple(tensor.shape))).contiguous()
+        plain = tensor.detach().float() if tensor.is_meta else tensor.detach().to("cpu", torch.float32)
+        released[theirs] = plain.reshape(_released_shape(theirs, tuple(tensor.shape))).contiguous()
     if isinstance(module, Tokenizer):
         released["quantize.codebook_used"] = torch.zeros(USAGE_COUNTER)
         return released
