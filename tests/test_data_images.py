@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flexvar.data.given import pictures_of
-from flexvar.data.images import ImageFolder, _Names, imagenet_classes, open_picture, upright_rgb
+from flexvar.data.images import ImageFolder, _Names, imagenet_classes, open_picture, pictures_below, upright_rgb
 from flexvar.data.source import PictureSource
 
 
@@ -70,6 +70,16 @@ def test_pictures_in_deeper_folders_belong_to_the_class(tmp_path: Path) -> None:
     save(tmp_path / "dog" / "1.png")
     assert ImageFolder(tmp_path).class_names == ("cat", "dog")
     assert len(ImageFolder(tmp_path)) == 2
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "b" / "1.png")
+    save(tmp_path / "elsewhere" / "2.png")
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "aside").symlink_to(tmp_path / "elsewhere")
+    found = pictures_below(tmp_path / "a")
+    assert [path.relative_to(tmp_path / "a").as_posix() for path in found] == ["aside/2.png", "b/1.png"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -228,6 +238,10 @@ def test_sixteen_bits_keep_their_transparency(tmp_path: Path) -> None:
 def test_modes_that_do_not_say_their_range_or_convert_to_nothing() -> None:
     with pytest.raises(ValueError, match="the picture holds whole numbers up to 200 in 32 bits; convert it to mode L"):
         upright_rgb(Image.fromarray(np.full((4, 4), 200, np.int32)))
+    with pytest.raises(ValueError, match="the picture holds whole numbers up to 70000 in 32 bits"):
+        upright_rgb(Image.fromarray(np.full((4, 4), 70000, np.int32)))
+    with pytest.raises(ValueError, match=r"the picture holds floats of unknown range \(mode F\); convert it to mode L"):
+        upright_rgb(Image.fromarray(np.full((4, 4), 0.5, np.float32)))
     assert upright_rgb(Image.fromarray(np.full((4, 4), 32896, np.int32))).getpixel((0, 0)) == (128, 128, 128)
     assert upright_rgb(Image.new("LA", (4, 4), (0, 0)).convert("La")).getpixel((0, 0)) == (255, 255, 255)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -270,6 +271,18 @@ def test_the_order_of_the_classes_does_not_change_the_interval(folder: Path, npz
         report = evaluate(open_pictures(source), npz, extractor, tmp_path / "scores.json", intervals=True, overwrite=True)
         intervals.append(report.intervals["fid"])
     assert intervals[0] == pytest.approx(intervals[1], rel=1e-4)
+
+
+def test_few_pictures_of_one_class_have_an_interval_and_any_name(folder: Path, npz: Path, tmp_path: Path) -> None:
+    one = tmp_path / "set" / "one"
+    one.mkdir(parents=True)
+    for number, path in enumerate(sorted(folder.rglob("*.png"))[:12]):
+        shutil.copy(path, one / f"{number:02d}.png")
+    if sys.platform == "linux":  # elsewhere names are text
+        os.rename(one / "00.png", os.fsencode(one) + b"/\xff.png")
+    report = evaluate(open_pictures(tmp_path / "set"), npz, load_extractor("classifier"), tmp_path / "scores.json", intervals=True)
+    low, high = report.intervals["fid"]
+    assert low <= report.scores["fid"] <= high
 
 
 # -- models --

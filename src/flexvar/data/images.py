@@ -186,12 +186,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """A picture of any mode turned as its EXIF tag says: mode RGBA where something may be transparent, otherwise RGB.
 
-    ValueError for whole numbers of 32 bits that may be 0 to 255 or 0 to 65535.
+    ValueError for numbers whose range it does not say: floats, and whole ones of 32 bits that are not those of 16.
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("the picture holds floats of unknown range (mode F); convert it to mode L for 0 to 255")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white instead of scaling
         values = np.asarray(image).astype(np.float32)
-        if image.mode == "I" and values.max() <= 255:
+        if image.mode == "I" and not 255 < values.max() <= 65535:
             raise ValueError(f"the picture holds whole numbers up to {values.max():.0f} in 32 bits; convert it to mode L for 0 to 255")
         grey = Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8))
         if (hidden := image.info.get("transparency")) is None:
@@ -227,9 +229,14 @@ def pictures_below(folder: Path) -> list[Path]:
     """The pictures in a folder and those below it, links to folders included and what is hidden left out, in the order of their paths."""
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(place, name))]
         found += [Path(place, name) for name in names if _is_picture(name)]
     return sorted(found)
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to itself or to one above it, and so would be entered for ever."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _is_picture(name: str) -> bool:

@@ -157,7 +157,7 @@ def _intervals(labels: Sequence[str] | None, features: Features, reference: Refe
     count = len(features.pool)
     least = min(Counter(labels).values()) if labels is not None else 0
     if labels is not None and least >= FEWEST_BLOCKS:
-        order, blocks = torch.tensor(sorted(range(count), key=labels.__getitem__)), min(BLOCKS, least)
+        order, blocks = torch.tensor(sorted(range(count), key=labels.__getitem__)), min(BLOCKS, least, count // 2)
     else:
         order, blocks = torch.randperm(count, generator=torch.Generator().manual_seed(0)), min(BLOCKS, count // 2)
     found = {"fid": frechet_interval(features.pool[order], *reference.moments, blocks)}

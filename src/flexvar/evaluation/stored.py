@@ -169,7 +169,7 @@ class FolderPictures:
     def about(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for path in self.paths:
-            digest.update(f"{path.relative_to(self.folder).as_posix()} {sha256(path)}\n".encode())
+            digest.update(os.fsencode(f"{path.relative_to(self.folder).as_posix()} {sha256(path)}\n"))  # names need not be text
         resized = {} if self._resized is None else {"resized and cropped to": list(self._resized)}
         return {"pictures": self.folder.name, "sha256": digest.hexdigest(), **resized}
 
