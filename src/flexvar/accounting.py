@@ -235,7 +235,7 @@ def plan(
 
     split: with and without the class one after the other (`Guidance.split`). dtype: of all but the blocks' weights where these have 8
     bits (`int8`).
-    Raises ValueError for a batch below 1, and for pictures so large that their bytes cannot be counted in 63 bits.
+    Raises ValueError for a batch below 1, a dtype that is not torch's, and pictures so large that their bytes cannot be counted in 63 bits.
     """
     whole_number(batch, "batch", "give 1 or more", least=1)
     if not isinstance(dtype, torch.dtype):
