@@ -111,6 +111,21 @@ def test_patterns(tars: Path, pattern: str) -> None:
     assert (names == sorted(names)) == (not pattern.startswith("{"))
 
 
+def test_brackets_in_a_name_are_taken_as_they_are(tmp_path: Path) -> None:
+    path = tar(tmp_path / "part[1].tar", samples(range(2)))
+    assert TarShards(path, CLASSES).files == [path]
+
+
+def test_class_names_as_windows_writes_them(tars: Path) -> None:
+    (tars / "classes.txt").write_bytes("\ufeffcat\r\ndög\r\n\r\n".encode())
+    assert TarShards(tars).class_names == ("cat", "dög")
+
+
+def test_truths_are_labels_of_a_stream(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "set", [encoded(i) for i in range(2)], [True, False], datasets.Value("bool"))
+    assert [label for shard in range(2) for _, label in read(HubStream(path, class_names=CLASSES), shard)] == [1, 0]
+
+
 def test_forms_of_pictures_and_labels(tmp_path: Path) -> None:
     files: dict[str, bytes] = {}
     for number, form in enumerate(("png", "jpg", "jpeg", "webp", "PNG")):
@@ -181,15 +196,16 @@ def test_of_a_truncated_tar_comes_what_can_be_read(tmp_path_factory: pytest.Temp
     assert len(source.damaged) == len(warned)
 
 
-def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [1, 5, 7])
+def test_a_damaged_header_is_not_taken_for_the_end(damaged: int, tmp_path: Path) -> None:
     files = {f"{i}.{kind}": content for i in range(8) for kind, content in (("png", encoded(i)), ("cls", b"0"))}
     content = bytearray(tar(tmp_path / "a.tar", files).read_bytes())
-    header = content.index(b"1.cls")
+    header = content.index(b"%d.cls" % damaged)
     content[header : header + 512] = b"?" * 512
     (tmp_path / "a.tar").write_bytes(content)
     source = TarShards(tmp_path / "a.tar", CLASSES)
     with pytest.warns(UserWarning, match=r"a\.tar is damaged"):
-        assert len(read(source, 0)) == 1
+        assert len(read(source, 0)) == damaged
 
 
 def test_a_compressed_or_doubled_shard(tmp_path: Path) -> None:
@@ -272,6 +288,9 @@ def test_a_buffer_as_large_as_the_shard_shuffles_evenly() -> None:
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, tars: Path, parquets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nothing").mkdir()
     nameless = tar(tmp_path / "nameless" / "a.tar", samples(range(1)))
+    latin, gap = tar(tmp_path / "latin" / "a.tar", samples(range(1))), tar(tmp_path / "gap" / "a.tar", samples(range(1)))
+    (latin.parent / "classes.txt").write_bytes("dög\n".encode("latin-1"))
+    (gap.parent / "classes.txt").write_text("cat\n\ndog\n", encoding="utf-8")
     unlabelled = tar(tmp_path / "b.tar", {"0.png": encoded(0)})
     strange = tar(tmp_path / "c.tar", {"0.png": encoded(0), "0.json": b'{"label": "cat"}'})
     for error, words, call in (
@@ -285,6 +304,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, tars: Path, parquets:
         (ValueError, r"c\.tar\[0\] has the label 'cat': the 2 classes", lambda: next(TarShards(strange, CLASSES).read(0))),
         (ValueError, r"split 'test' of .*parquets cannot be opened: .*'train'", lambda: HubStream(parquets, "test")),
         (ValueError, r"no column 'img': there are image, label", lambda: HubStream(parquets, image="img")),
+        (ValueError, r"image and label are both the column 'image'", lambda: HubStream(parquets, label="image")),
+        (ValueError, r"classes\.txt is no text in UTF-8", lambda: TarShards(latin)),
+        (ValueError, r"line 2 of .*classes\.txt is empty", lambda: TarShards(gap)),
         (ConnectionError, r"nobody/nothing is no folder", lambda: HubStream("nobody/nothing")),
         (ValueError, r"buffer is 0", lambda: next(shuffled(iter([1]), np.random.default_rng(0), 0))),
     ):

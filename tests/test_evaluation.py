@@ -20,7 +20,7 @@ from flexvar import FlexVARPipeline, Guidance, Sampling, Tokenizer, Transformer
 from flexvar.checkpoint import Defaults, Model, save
 from flexvar.cli import main
 from flexvar.data import Shapes, write_pictures
-from flexvar.evaluation import DrawnPictures, evaluate, extraction, load_extractor, metrics, open_pictures, stored, sweep
+from flexvar.evaluation import DrawnPictures, evaluate, extraction, load_extractor, metrics, open_pictures, scores, stored, sweep
 from flexvar.evaluation import npz as npz_files
 from flexvar.evaluation.extraction import FeatureStore, extract, joined
 from flexvar.evaluation.references import read_reference, write_reference
@@ -118,6 +118,15 @@ def bad_npz(path: Path, what: str) -> None:
         np.savez(path, pixels[:0])
     elif what == "text":
         path.write_text("hello")
+    elif what == "flipped, compressed":
+        np.savez_compressed(path, pixels // 128)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2 :][:40] = bytes(40)
+        content[200:240] = bytes(40)
+        path.write_bytes(content)
+    elif what == "header":
+        np.savez(path, pixels)
+        path.write_bytes(path.read_bytes().replace(b"'shape': (24,", b"'shape': ((((", 1))
     else:
         np.savez(path, pixels)
         content = path.read_bytes()
@@ -140,6 +149,8 @@ def bad_npz(path: Path, what: str) -> None:
         ("text", "is no .npz file"),
         ("truncated", "or a truncated one"),
         ("flipped", "is damaged"),
+        ("flipped, compressed", "is damaged"),
+        ("header", "is damaged"),
     ],
 )
 def test_a_bad_npz_is_told_in_one_line(what: str, complaint: str, tmp_path: Path, folder: Path, capsys) -> None:
@@ -165,6 +176,10 @@ def test_a_folder_of_mixed_sizes_is_refused_and_names_two(folder: Path, tmp_path
         open_pictures(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"there is no .*nothing"):
         open_pictures(tmp_path / "nothing")
+    (mixed / "b.png").unlink()
+    (mixed / "c.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match=r"c\.png cannot be read \(No such file or directory\)"):
+        open_pictures(mixed)
 
 
 def test_jpeg_and_unbalanced_classes_are_said(tmp_path: Path) -> None:
@@ -409,6 +424,73 @@ def test_a_folder_of_files_that_is_not_empty_is_kept(model: Path, folder: Path, 
     assert {path.name for path in (tmp_path / "png").iterdir()} == {"mine.png", *(f"{i:06d}.png" for i in range(10))}
 
 
+def test_what_is_read_is_never_replaced(model: Path, folder: Path, npz: Path, tmp_path: Path, capsys) -> None:
+    reference, content = tmp_path / "reference.npz", npz.read_bytes()
+    pictures = shutil.copytree(folder / os.listdir(folder)[0], tmp_path / "pictures")
+    shutil.copy(npz, reference)
+    by = ["--extractor", "classifier", "--overwrite"]
+    scored = ["evaluate", "model", str(model), "--per-class", "2", *by]
+    for words, told in (
+        ([*scored, "--reference", str(reference), "--out", str(reference)], "reference.npz is also what is read"),
+        ([*scored, "--reference", str(reference), "--save-npz", str(reference)], "reference.npz is also what is read"),
+        ([*scored, "--reference", str(pictures), "--save-png", str(pictures)], "pictures is also what is read"),
+        (["evaluate", "samples", str(npz), "--reference", str(folder), "--out", str(npz), *by], "drawn.npz is also what is read"),
+        (["evaluate", "reference", str(npz), str(npz), *by], "drawn.npz is also what is read"),
+        (["evaluate", "tokenizer", str(model), str(npz), "--out", str(npz), *by], "drawn.npz is also what is read"),
+    ):
+        out = [] if "--out" in words or words[1] == "reference" else ["--out", str(tmp_path / "scores.json")]
+        assert main([*words, *out]) == 2
+        assert told in capsys.readouterr().err
+    assert reference.read_bytes() == npz.read_bytes() == content
+    assert len(list(pictures.iterdir())) == 6
+
+
+def test_pictures_that_come_class_by_class_are_said(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """What the Inception Score's splits hold, in an order of classes that they do not."""
+    monkeypatch.setitem(scores.METHOD, "inception score split", 20)
+    pictures = open_pictures(folder)
+    extractor = load_extractor("classifier")
+    features = joined([extractor(batch) for batch in pictures.batches(range(len(pictures)))])
+    assert pictures.labels is not None
+    told = "come class by class"
+    assert not any(told in caveat for caveat in caveats(pictures, features, extractor))
+    pictures.labels = sorted(pictures.labels)
+    assert any(told in caveat for caveat in caveats(pictures, features, extractor))
+
+
+def test_another_batch_goes_on(model: Path, tmp_path: Path) -> None:
+    """It changes speed and memory alone, and a smaller one is what someone tries who ran out of memory."""
+    pipe = FlexVARPipeline.from_pretrained(model)
+    for batch in (7, 3):
+        pictures = DrawnPictures(pipe, str(model), 2, batch=batch, num_inference_steps=2)
+        assert FeatureStore(tmp_path / "store", len(pictures), pictures.about).fresh == (batch == 7)
+
+
+def test_a_drawn_seed_is_said(model: Path) -> None:
+    pictures = DrawnPictures(FlexVARPipeline.from_pretrained(model), str(model), 2, seed=None, num_inference_steps=2)
+    first, last = json.loads(json.dumps(pictures.about))["seeds"]
+    assert last == first + 9
+
+
+def test_scores_do_not_depend_on_the_default_device_or_dtype(folder: Path, npz: Path, tmp_path: Path) -> None:
+    """Of a user's program, which may have set either, and TF32 with them."""
+    before = torch.backends.cudnn.allow_tf32
+    plain = evaluate(open_pictures(npz), folder, load_extractor("classifier"), tmp_path / "plain.json", intervals=True)
+    torch.set_default_dtype(torch.float16)
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        with torch.device("meta"):
+            other = evaluate(open_pictures(npz), folder, load_extractor("classifier"), tmp_path / "other.json", intervals=True)
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.backends.cudnn.allow_tf32 = before
+    assert plain is not None
+    assert other is not None
+    assert plain.scores == other.scores
+    assert plain.intervals == other.intervals
+
+
 def test_processes_that_share_no_folder_are_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="all processes must share the folder"):
         FeatureStore(tmp_path / "elsewhere", 3, {}, begin=False)
@@ -431,7 +513,7 @@ def test_so_many_of_a_folder_are_of_all_its_classes(folder: Path) -> None:
     assert stored.chosen(pictures, 1000) == list(range(60))
 
 
-@pytest.mark.parametrize("out", ["folder", "file/scores.json"])
+@pytest.mark.parametrize("out", ["folder", "file/scores.json", ""])
 def test_what_could_not_be_written_is_told_first(out: str, model: Path, folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
@@ -480,7 +562,7 @@ def test_what_was_interrupted_does_not_let_another_file_be_overwritten(
     model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = DrawnPictures(FlexVARPipeline.from_pretrained(str(model)), str(model), 2, num_inference_steps=2, batch=10**6)
-    assert pictures.about["pictures at a time"] == 250  # no more are drawn together
+    assert pictures.batch == 250  # no more are drawn together
     extractor, kept = load_extractor("classifier"), {"overwrite": False}
 
     def interrupted(*_: object, **__: object) -> None:

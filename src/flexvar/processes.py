@@ -62,6 +62,17 @@ def forbid_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """`forbid_tf32` for a while, or for all calls of the function that it decorates."""
+    before = torch.backends.cudnn.allow_tf32
+    forbid_tf32()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def keep_memory() -> None:
     """Makes the C library keep freed memory for the next step, where it is glibc, instead of giving it back to the system.
 

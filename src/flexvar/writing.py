@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,12 +80,18 @@ def make_folder(folder: Path) -> None:
         raise OSError(f"the folder {folder} could not be made ({error.strerror}); choose another") from error
 
 
-def check_writable(*paths: Path | None, overwrite: bool = False) -> None:
-    """Raises OSError, in one line, where files could not be written in the end: before long work rather than after it."""
+def check_writable(*paths: Path | None, overwrite: bool = False, read: Iterable[Path | str] = ()) -> None:
+    """Raises OSError, in one line, where files could not be written in the end: before long work rather than after it.
+
+    read: what the work reads, and so must not replace, whatever `overwrite` says.
+    """
+    inputs = {Path(path).resolve() for path in read}
     given = [path for path in paths if path is not None]
     if len({path.resolve() for path in given}) < len(given):
         raise FileExistsError(f"{given[0]} is to be written twice; give different files")
     for path in given:
+        if path.resolve() in inputs:
+            raise FileExistsError(f"{path} is also what is read; choose another file")
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; name a file in it")
         if path.exists() and not overwrite:

@@ -132,9 +132,9 @@ def run_model(words: Words) -> None:
 
 def run_samples(words: Words) -> None:
     from flexvar.evaluation.stored import open_pictures
+    from flexvar.writing import check_writable
 
-    if words.out.resolve() == words.pictures.resolve():
-        raise FileExistsError(f"{words.out} holds the pictures; name another file for the report")
+    check_writable(words.out, overwrite=True, read=[words.pictures])  # whether it is there already is asked later
     _evaluate(open_pictures(words.pictures), words)
 
 
@@ -187,12 +187,10 @@ def run_sweep(words: Words) -> None:
 
 def run_tokenizer(words: Words) -> None:
     from flexvar.evaluation.tokenizers import evaluate_tokenizer, size_of
-    from flexvar.processes import forbid_tf32
     from flexvar.writing import check_writable
 
     _refuse_processes()
-    forbid_tf32()
-    check_writable(words.out, overwrite=words.overwrite)
+    check_writable(words.out, overwrite=words.overwrite, read=[words.pictures])
     if (words.lpips_vgg is None) != (words.lpips_linear is None):
         raise ValueError("LPIPS needs two files; give both --lpips-vgg and --lpips-linear, or neither")
     sizes = None if words.sizes is None else [size_of(size) for size in words.sizes]
@@ -231,9 +229,7 @@ def _evaluate(pictures: PictureSet, words: Words, **kept: Path | None) -> None:
 def _extractor(words: Words) -> Extractor:
     """The extractor asked for, on its device."""
     from flexvar.evaluation.extractors import load_extractor
-    from flexvar.processes import forbid_tf32
 
-    forbid_tf32()
     return load_extractor(words.extractor, words.weights).to(device_of(words.device))
 
 

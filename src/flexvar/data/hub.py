@@ -104,6 +104,8 @@ def open_split(path: str, split: str, streaming: bool = False) -> Any:
 def with_columns(dataset: Any, path: str, image: str, label: str) -> Any:
     """The data set with these columns alone, its pictures not decoded; ValueError where a column is missing or holds no pictures."""
     features = data_package("datasets").features
+    if image == label:
+        raise ValueError(f"image and label are both the column {image!r}: name another one, or an empty label for a single class")
     columns = [image, label] if label else [image]
     for column in columns:
         if column not in dataset.features:

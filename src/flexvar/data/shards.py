@@ -95,7 +95,7 @@ class TarShards(ShardSource):
     def _files_in(self, file: BinaryIO, path: Path) -> Iterator[dict[str, Any]]:
         expander, damaged = data_package("webdataset.tariterators").tar_file_expander, partial(self._damaged, path)
         yield from expander([{"url": str(path), "stream": file}], handler=damaged, eof_value=None)
-        if path.suffix == ".tar" and not _was_read_to_its_end(file):
+        if path.suffix == ".tar" and path not in self.damaged and not _was_read_to_its_end(path):
             damaged()
 
     def _damaged(self, path: Path, _: Exception | None = None) -> bool:
@@ -109,7 +109,7 @@ class HubStream(ShardSource):
     """One split of a data set, read from the Hub or a folder without being downloaded or converted first; its shards are its files.
 
     `path`, `image` and `label` are those of HubPictures. `class_names` are needed where `label` is not a ClassLabel column:
-    whole numbers are positions among them, texts are looked up.
+    whole numbers and truths are positions among them, texts are looked up.
 
     Pictures that cannot be read are collected in `unreadable` as path[shard:row]. Errors as in HubPictures, and ValueError without
     class names; reading raises it for a label that has no class name.
@@ -141,7 +141,7 @@ class HubStream(ShardSource):
         for number, row in enumerate(rows.iter(batch_size=1)):  # plain iteration shares the rows out among loader workers
             name = Path(f"{self.path}[{shard}:{number}]")
             value = row[self.label][0] if self.label else 0
-            label = positions.get(value, value) if isinstance(value, str) else value
+            label = positions.get(value, value) if isinstance(value, str) else int(value) if isinstance(value, bool) else value
             decode = partial(stored_picture, row[self.image][0], name)
             yield Sample(partial(readable, name, decode, self.unreadable), _checked_label(label, self.class_names, name))
 
@@ -151,7 +151,7 @@ def tar_files(pattern: str) -> list[Path]:
     parts = [f"{glob.escape(pattern)}/*.tar"] if Path(pattern).is_dir() else data_package("braceexpand").braceexpand(pattern)
     found: dict[Path, None] = {}  # in the order of the pattern, each once
     for part in parts:
-        matches = sorted(glob.glob(part))
+        matches = [part] if Path(part).is_file() else sorted(glob.glob(part))  # a name may hold brackets
         if not matches:
             raise FileNotFoundError(f"there is no shard {part}: give a folder of .tar files, or a pattern such as train-{{0000..0099}}.tar")
         found |= dict.fromkeys(map(Path, matches))
@@ -178,19 +178,30 @@ def shuffled(samples: Iterator[T], rng: np.random.Generator, buffer: int) -> Ite
 
 def _names_beside(shard: Path) -> tuple[str, ...]:
     listed = shard.parent / "classes.txt"
-    names = listed.read_text(encoding="utf-8").rstrip().splitlines() if listed.is_file() else []
+    try:
+        names = listed.read_text(encoding="utf-8-sig").rstrip().splitlines() if listed.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{listed} is no text in UTF-8 ({error.reason}): save it as UTF-8") from None
     if not names:
         raise ValueError(f"the classes of {shard} have no names: list them in {listed}, one a line, or give class_names")
+    for line, name in enumerate(names, 1):
+        if not name.strip():
+            raise ValueError(f"line {line} of {listed} is empty: name a class on every line")
     return tuple(name.strip() for name in names)
 
 
-def _was_read_to_its_end(file: BinaryIO) -> bool:
-    """Whether only padding follows and the file is complete: Python's tarfile takes a damaged or missing header for the end."""
-    if file.read(tarfile.RECORDSIZE).strip(b"\0"):
-        return False
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - len(END_OF_TAR)))
-    return file.read() == END_OF_TAR
+def _was_read_to_its_end(path: Path) -> bool:
+    """Whether only padding follows what tarfile finds in a file: it takes a damaged or missing header for the end, and says nothing."""
+    with path.open("rb") as file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it does not close the file
+            while archive.next():
+                archive.members.clear()  # type: ignore[attr-defined]  # of which a shard may have millions
+        except tarfile.TarError:
+            return False
+        file.seek(archive.offset)
+        padding = file.read(len(END_OF_TAR))
+        return padding == END_OF_TAR and not any(part.strip(b"\0") for part in iter(partial(file.read, tarfile.RECORDSIZE), b""))
 
 
 def _label_in(files: Mapping[str, bytes], otherwise: int | None) -> object:

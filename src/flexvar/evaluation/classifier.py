@@ -166,7 +166,7 @@ def accuracy_interval(right: int, total: int) -> tuple[float, float]:
 
 def _as_images(pictures: Sequence[np.ndarray]) -> Tensor:
     """(N, 3, H, W) in [-1, 1] from uint8 pictures (H, W, 3) of one size."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _training_batch(source: PictureSource, batch: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -21,17 +21,18 @@ from flexvar.zoo import MODEL_FILES, sha256
 class DrawnPictures:
     """`per_class` pictures of each class: picture i is of class i % classes and has seed `seed` + i, wherever it is drawn.
 
-    Neighbours are of different classes, so that every part of them is balanced; the splits of the Inception Score want that.
+    Without a seed, one is drawn. Neighbours are of different classes, so that every part of them is balanced; the splits of the Inception
+    Score want that.
     pipe, name: a pipeline, and the name or folder from which it was loaded unchanged. settings: the keywords of `FlexVARPipeline.stream`
     for size, schedule, guidance and sampling.
     """
 
     def __init__(
-        self, pipe: FlexVARPipeline, name: str, per_class: int = 50, *, seed: int = 0, batch: int = AT_ONCE, **settings: Any
+        self, pipe: FlexVARPipeline, name: str, per_class: int = 50, *, seed: int | None = 0, batch: int = AT_ONCE, **settings: Any
     ) -> None:
         if per_class < 1 or batch < 1:
             raise ValueError(f"{per_class} pictures of each class, {batch} at a time, cannot be drawn; give at least 1 of both")
-        self.pipe, self.name, self.per_class, self.seed, self.batch = pipe, name, per_class, seed, min(batch, PIECE)
+        self.pipe, self.name, self.per_class, self.batch = pipe, name, per_class, min(batch, PIECE)
         self._classes, self._settings = pipe.transformer.config.classes, settings
         self.caveats: list[str] = []
         self._seeds = seeds_of(seed, len(self))
@@ -68,8 +69,7 @@ class DrawnPictures:
             "sampling": str(self._sampling),
             "pictures of each class": self.per_class,
             "classes": self._classes,
-            "seeds": [self.seed, self.seed + len(self) - 1],
+            "seeds": [self._seeds[0], self._seeds[-1]],
             "dtype": self.pipe.precision,
             "compiled": "compiled" in self.pipe.made_faster,
-            "pictures at a time": self.batch,
         }

@@ -20,7 +20,7 @@ from flexvar.evaluation.extractors import Extractor, Features
 from flexvar.evaluation.report import read_json, write_json
 from flexvar.evaluation.stored import PictureSet
 from flexvar.progress import progress
-from flexvar.writing import write_whole
+from flexvar.writing import make_folder, write_whole
 
 PIECE = 250  # pictures; a kill loses at most so many a process
 VERSION = 1  # of the features; a change in how they are made changes it
@@ -55,7 +55,7 @@ class FeatureStore:
             path.unlink(missing_ok=True)  # first, so that pieces that are left by a kill belong to nothing
             for piece in folder.glob("piece-*"):
                 piece.unlink()
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_json(path, about)
 
     def parts(self) -> list[range]:

@@ -23,6 +23,7 @@ from flexvar.checks import warn
 from flexvar.evaluation.classifier import BUNDLED, Classifier, load_classifier
 from flexvar.evaluation.inception import load_inception
 from flexvar.memory import is_out_of_memory
+from flexvar.processes import without_tf32
 from flexvar.progress import progress
 from flexvar.writing import write_whole
 
@@ -82,6 +83,7 @@ class Extractor:
         return self
 
     @torch.no_grad()
+    @without_tf32()
     def __call__(self, pictures: Tensor) -> Features:
         """The features of pictures (B, 3, H, W), uint8. ValueError for other pictures, and for features that are not finite."""
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
@@ -164,7 +166,7 @@ def _load_network(path: Path) -> Network:
 
 
 def _read_classifier(classifier: Classifier, pictures: Tensor) -> Features:
-    pool = classifier.features(pictures / 127.5 - 1)
+    pool = classifier.features(pictures.float() / 127.5 - 1)
     return Features(pool, logits=classifier.head(pool))
 
 

@@ -50,8 +50,8 @@ class LPIPS(nn.Module):
         self.features = nn.Sequential(*layers)  # torchvision's name, and its numbers of the layers
         self.linear = nn.ParameterList(torch.rand(channels) for channels, _ in STAGES)
         # On the CPU even where the rest is made on the meta device, as no file fills them.
-        self.register_buffer("shift", torch.tensor(SHIFT, device="cpu")[:, None, None], persistent=False)
-        self.register_buffer("scale", torch.tensor(SCALE, device="cpu")[:, None, None], persistent=False)
+        self.register_buffer("shift", torch.tensor(SHIFT, dtype=torch.float32, device="cpu")[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE, dtype=torch.float32, device="cpu")[:, None, None], persistent=False)
         self.requires_grad_(False)
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def load_lpips(vgg: Path | str, linear: Path | str) -> LPIPS:
     """
     tensors = _features_of(_read(Path(vgg), VGG_FILE)) | _read(Path(linear), LINEAR_FILE)
     with torch.device("meta"):
-        lpips = LPIPS()
+        lpips = LPIPS().float()
     try:
         fill(lpips, tensors, _name_in_file, _shape_in_file)
     except ValueError as error:

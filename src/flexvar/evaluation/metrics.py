@@ -92,8 +92,8 @@ class RunningMoments:
 
     shift: Tensor | None = None
     count: int = 0
-    first: Tensor = field(default_factory=lambda: torch.zeros(()))  # (F,), sum of rows
-    second: Tensor = field(default_factory=lambda: torch.zeros(()))  # (F, F), sum of their products
+    first: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))  # (F,), sum of rows
+    second: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))  # (F, F), sum of their products
 
     def add(self, features: Tensor) -> None:
         """Counts in a batch (B, F)."""
@@ -154,7 +154,7 @@ def inception_score(logits: Array, split_size: int = 5000) -> float:
 
 def _score_of_split(logits: Tensor) -> float:
     """The mean KL is the entropy of the mean prediction less the mean entropy of the predictions."""
-    mean, mean_entropy = torch.zeros((), dtype=torch.float64), 0.0
+    mean, mean_entropy = logits.new_zeros((), dtype=torch.float64), 0.0
     for part in logits.split(ROWS):
         predictions = _double(part).softmax(1)  # (n, C)
         mean = mean + predictions.sum(0) / len(logits)  # (C,)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from flexvar.schedule import Size
 from flexvar.writing import write_whole
 
 PICTURES, CLASSES = "arr_0", "arr_1"  # as ADM names them
+
+DAMAGED = (ValueError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
+"""What reading a damaged .npz raises."""
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:
@@ -36,7 +41,7 @@ def read_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
             return np.lib.format.read_array(file, allow_pickle=False)
     except KeyError as error:
         raise ValueError(f"{path} has no array {name}, but {', '.join(array_names(archive)) or 'nothing'}") from error
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise ValueError(f"{name} of {path} is damaged ({error}); copy or write the file again") from error
 
 
@@ -66,5 +71,5 @@ def array_header(file: Any, path: Path) -> tuple[tuple[int, ...], bool, np.dtype
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         return read(file)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise ValueError(f"{PICTURES} of {path} is damaged ({error}); copy or write the file again") from error

@@ -56,7 +56,7 @@ def _unit_range(images: Tensor) -> Tensor:
 
 def _gaussian(length: int) -> list[float]:
     """A window of odd length whose weights add up to 1."""
-    places = torch.arange(length, dtype=torch.float64) - length // 2
+    places = torch.arange(length, dtype=torch.float64, device="cpu") - length // 2
     weights = (-places.square() / (2 * SIGMA**2)).exp()
     return (weights / weights.sum()).tolist()
 

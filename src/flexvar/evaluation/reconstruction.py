@@ -52,7 +52,7 @@ class ScaleQuality:
 
 def unmeasured(schedule: Schedule, codebook_size: int) -> list[ScaleQuality]:
     """The scales of a schedule before any picture is counted in."""
-    return [ScaleQuality(size, torch.zeros(codebook_size, dtype=torch.float64)) for size in schedule]
+    return [ScaleQuality(size, torch.zeros(codebook_size, dtype=torch.float64, device="cpu")) for size in schedule]
 
 
 @torch.no_grad()

@@ -44,7 +44,8 @@ def read_reference(path: Path | str, extractor: Extractor) -> Reference:
 
     path: an .npz of ADM's (mu, sigma, mu_s, sigma_s, arr_0), of pytorch-fid or clean-fid (mu, sigma), or of pictures alone (arr_0);
     or a folder of pictures. Stored moments are used where there are some, as ADM does; a caveat says so when the pictures beside them
-    disagree. Raises FileNotFoundError or ValueError, in one line, for what is missing, damaged or made by another extractor.
+    disagree. A folder's features are held in memory, some 16 KiB a picture of the Inception's; of a large one, make a file
+    with `write_reference`. Raises FileNotFoundError or ValueError, in one line, for what is missing, damaged or made by another extractor.
     """
     path = Path(path)
     stored, names = _stored_moments(path, extractor) if path.is_file() else ({}, [])
@@ -79,7 +80,7 @@ def read_reference(path: Path | str, extractor: Extractor) -> Reference:
 
 def check_widths(name: str, moments: dict[str, Moments], extractor: Extractor, size: Size) -> None:
     """Raises ValueError where moments ("pool", "spatial") have another width than the features of pictures of a size."""
-    blank = extractor(torch.zeros(1, 3, *size, dtype=torch.uint8))
+    blank = extractor(torch.zeros(1, 3, *size, dtype=torch.uint8, device="cpu"))
     for kind, (mu, _) in moments.items():
         features = getattr(blank, kind)
         if features is not None and features.shape[1] != len(mu):
@@ -93,10 +94,10 @@ def write_reference(
 ) -> int:
     """Writes what a folder of pictures (or an .npz of them) is as a reference of ADM's layout; gives the number of pictures.
 
-    The moments are those of all pictures; `keep` of them, as many of each class as can be, go into the file for precision and recall.
+    The moments are those of all pictures; `keep` of them, evenly spread over the classes, go into the file for precision and recall.
     size: (height, width) to which the pictures are resized and cropped. Raises ValueError for too few pictures.
     """
-    check_writable(out, overwrite=overwrite)
+    check_writable(out, overwrite=overwrite, read=[folder])
     if keep < 1:
         raise ValueError(f"{keep} pictures are to be kept; keep at least 1")
     pictures = open_pictures(folder, size)

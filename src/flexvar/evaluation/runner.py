@@ -16,9 +16,11 @@ from flexvar.evaluation.references import Reference, check_widths, read_referenc
 from flexvar.evaluation.report import machine
 from flexvar.evaluation.scores import Report, check, score
 from flexvar.evaluation.stored import PictureSet
+from flexvar.processes import without_tf32
 from flexvar.writing import check_writable
 
 
+@without_tf32()
 def evaluate(
     pictures: PictureSet,
     reference: Reference | Path | str,
@@ -38,7 +40,7 @@ def evaluate(
     Raises FileExistsError where something is there already and `overwrite` is not set; else see `read_reference` and `score`.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    folder = out.with_name(f"{out.name}.unfinished")
+    folder = out.parent / f"{out.name}.unfinished"
     about = {
         "samples": json.loads(json.dumps(pictures.about)),
         "extractor": extractor.sha256,
@@ -47,7 +49,9 @@ def evaluate(
         "files": None if pngs is None else str(pngs.resolve()),
     }
     if rank == 0:
-        check_writable(out, npz, overwrite=overwrite or folder.exists())  # an .npz may stand where the report found no room
+        read = [] if isinstance(reference, Reference) else [reference]
+        # An .npz may stand where the report found no room.
+        check_writable(out, npz, overwrite=overwrite or folder.exists(), read=read)
         if out.exists() and not overwrite:
             raise FileExistsError(f"{out} exists; choose another file, or add --overwrite")
         against = reference if isinstance(reference, Reference) else read_reference(reference, extractor)
@@ -57,7 +61,7 @@ def evaluate(
         store = FeatureStore(folder, len(pictures), about, overwrite=overwrite)
         if pngs is not None and store.fresh:
             try:
-                _clear(pngs, overwrite)
+                _clear(pngs, overwrite, read)
             except FileExistsError:
                 store.remove()
                 raise
@@ -77,10 +81,12 @@ def evaluate(
     return report
 
 
-def _clear(folder: Path, overwrite: bool) -> None:
+def _clear(folder: Path, overwrite: bool, read: Sequence[Path | str]) -> None:
     """Removes the numbered pictures of an earlier run. FileExistsError where there is something and it may not be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder for the pictures")
+    if any(Path(path).resolve() == folder.resolve() for path in read):
+        raise FileExistsError(f"{folder} is also what is read; choose another folder for the pictures")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} is not empty; choose another folder, or add --overwrite")
     for path in folder.glob("[0-9]" * 6 + ".png"):

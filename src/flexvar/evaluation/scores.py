@@ -128,12 +128,21 @@ def caveats(pictures: PictureSet, features: Features, extractor: Extractor) -> l
         counts = Counter(pictures.labels).values()
         if min(counts) != max(counts):
             found.append(f"unbalanced classes: {min(counts)} to {max(counts)} pictures of each")
+        if _come_sorted(pictures.labels, METHOD["inception score split"]):
+            found.append("the pictures come class by class, and the Inception Score splits them in their order; shuffle them")
     if not extractor.published:
         found.append(f"the features are those of {extractor.name}, not of the Inception network behind published scores")
     copies = len(features.pool) - len({hash(row.tobytes()) for row in features.pool.numpy()})
     if copies:
         found.append(f"{copies} pictures are copies of others; were seeds repeated?")
     return found
+
+
+def _come_sorted(labels: Sequence[str], split: int) -> bool:
+    """Whether a whole split holds less than half of the classes that it could."""
+    could = min(split, len(set(labels)))
+    splits = (labels[start : start + split] for start in range(0, len(labels) - split + 1, split))
+    return any(2 * len(set(part)) < could for part in splits)
 
 
 def _scores(features: Features, reference: Reference) -> dict[str, float]:
@@ -157,9 +166,10 @@ def _intervals(labels: Sequence[str] | None, features: Features, reference: Refe
     count = len(features.pool)
     least = min(Counter(labels).values()) if labels is not None else 0
     if labels is not None and least >= FEWEST_BLOCKS:
-        order, blocks = torch.tensor(sorted(range(count), key=labels.__getitem__)), min(BLOCKS, least, count // 2)
+        order, blocks = sorted(range(count), key=labels.__getitem__), min(BLOCKS, least, count // 2)
     else:
-        order, blocks = torch.randperm(count, generator=torch.Generator().manual_seed(0)), min(BLOCKS, count // 2)
+        chance = torch.Generator().manual_seed(0)
+        order, blocks = torch.randperm(count, generator=chance, device="cpu").tolist(), min(BLOCKS, count // 2)
     found = {"fid": frechet_interval(features.pool[order], *reference.moments, blocks)}
     if features.spatial is not None and reference.spatial is not None:
         found["sfid"] = frechet_interval(features.spatial[order], *reference.spatial, blocks)

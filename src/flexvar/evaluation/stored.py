@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from flexvar.data.images import EXTENSIONS, fitted, open_picture, pictures_below
-from flexvar.evaluation.npz import CLASSES, PICTURES, array_header, array_names, open_npz, read_array
+from flexvar.evaluation.npz import CLASSES, DAMAGED, PICTURES, array_header, array_names, open_npz, read_array
 from flexvar.schedule import Size
 from flexvar.zoo import sha256
 
@@ -73,7 +72,7 @@ def open_pictures(path: Path | str, size: Size | None = None) -> NpzPictures | F
 
 
 def chosen(pictures: PictureSet, count: int) -> list[int]:
-    """The places of `count` of the pictures (of all, where there are no more): as many of each class as can be, else evenly spread."""
+    """The places of `count` of the pictures (of all, where there are no more): evenly spread, over the classes too."""
     labels, available = pictures.labels, len(pictures)
     places = range(available) if labels is None else sorted(range(available), key=labels.__getitem__)
     count = min(count, available)
@@ -117,7 +116,7 @@ class NpzPictures:
             count = min(AT_ONCE, part.stop - start)
             try:
                 pixels = np.frombuffer(self._read(start, count), np.uint8).reshape(count, *self.size, 3)
-            except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            except DAMAGED as error:
                 raise ValueError(f"{self.path} is damaged or truncated ({error}); copy or write it again") from error
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
@@ -202,7 +201,8 @@ class FolderPictures:
                     turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
                     size = (image.width, image.height) if turned else (image.height, image.width)
             except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{path} is not an image; replace or remove it") from error
+                reason = getattr(error, "strerror", None) or "it is no image, or is damaged"
+                raise ValueError(f"{path} cannot be read ({reason}); replace or remove it") from error
             first = first or (path, size)
             if size != first[1]:
                 one, other = (f"{seen.relative_to(self.folder)} has {h} x {w} px" for seen, (h, w) in (first, (path, size)))

@@ -20,6 +20,7 @@ from flexvar.evaluation.reconstruction import ScaleQuality, rebuilt_by_scale, un
 from flexvar.evaluation.report import FORMAT, PUBLISHED_COUNT, machine, write_json
 from flexvar.evaluation.stored import PictureSet, chosen, open_pictures
 from flexvar.models import model_folder
+from flexvar.processes import without_tf32
 from flexvar.progress import progress
 from flexvar.schedule import Schedule, ScheduleLike, Size
 from flexvar.settings import Settings
@@ -92,6 +93,7 @@ class TokenizerReport:
         return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
+@without_tf32()
 def evaluate_tokenizer(
     name: str | Path,
     data: Path | str,
@@ -184,7 +186,7 @@ def _quality(
     parts = [places[start : start + batch] for start in range(0, len(places), batch)]
     height, width = pictures.size
     for part in progress(parts, f"{height} x {width} px, {batch} pictures at a time"):
-        images = _read(pictures, part).to(device) / 127.5 - 1  # (B, 3, H, W)
+        images = _read(pictures, part).to(device).float() / 127.5 - 1  # (B, 3, H, W)
         for scale, of_scale, (codes, rebuilt, target) in zip(scales, moments, rebuilt_by_scale(tokenizer, images, schedule), strict=True):
             if not rebuilt.isfinite().all():
                 raise ValueError("the tokenizer rebuilds pictures that are not finite; check its weights")
