@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.emoji import UNSEEN_SEED, Measure
+from benchmarks.emoji import Measure
 from benchmarks.shapes import CLASSIFIER_BATCH, CLASSIFIER_STEPS, FLOORS_FROM
 from flexvar import FlexVARPipeline, Tokenizer
 from flexvar.data import EmojiScenes, PictureSource, Shapes
 from flexvar.editing import Edit, filled
-from flexvar.evaluation import Classifier, class_accuracy, load_classifier, psnr, renderings, ssim, train_classifier
+from flexvar.evaluation import UNSEEN_SEED, Classifier, class_accuracy, load_classifier, psnr, renderings, ssim, train_classifier
 from flexvar.evaluation.quality import seam
 from flexvar.generation import Keep
 from flexvar.position import area_averaged

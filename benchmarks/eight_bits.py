@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.emoji import AT_ONCE, THREADS, UNSEEN_SEED, draw, shares
+from benchmarks.emoji import AT_ONCE, THREADS, draw, shares
 from flexvar import Keep, Sampling, Schedule, generate
 from flexvar.checkpoint import Model, load
 from flexvar.data import EmojiScenes
-from flexvar.evaluation import class_accuracy, load_classifier, renderings
+from flexvar.evaluation import UNSEEN_SEED, class_accuracy, load_classifier, renderings
 from flexvar.generation import draw_scales
 from flexvar.linear import to_int8
 from flexvar.sampling import choose

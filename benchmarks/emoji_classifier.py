@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from flexvar.data import WELL_KNOWN, EmojiScenes
-from flexvar.evaluation import accuracy_interval, class_accuracy, load_classifier, renderings, train_classifier
+from flexvar.evaluation import UNSEEN_SEED, accuracy_interval, class_accuracy, load_classifier, renderings, train_classifier
 
-HELD_OUT_SEED = 1_000_003
 HELD_OUT_SIZES = ((64, 64), (48, 48), (96, 96), (64, 128), (192, 64))
 
 
@@ -35,7 +34,7 @@ def main() -> None:
     print(f"{words.out}: {words.out.stat().st_size / 2**20:.2f} MiB, {time.perf_counter() - began:.0f} s")
     classifier = load_classifier(words.out)  # what is measured is what was written
     for height, width in HELD_OUT_SIZES:
-        right, total = class_accuracy(classifier, *renderings(source, max(1000, len(source.class_names)), (height, width), HELD_OUT_SEED))
+        right, total = class_accuracy(classifier, *renderings(source, max(1000, len(source.class_names)), (height, width), UNSEEN_SEED))
         low, high = accuracy_interval(right, total)
         print(f"held-out renderings {height} x {width}: {right / total:.1%} right ({low:.1%} to {high:.1%} of {total})")
 

@@ -22,7 +22,7 @@ from benchmarks.emoji import Measure, draw, shares
 from flexvar import Schedule
 from flexvar.checkpoint import Model, load
 from flexvar.data import Shapes
-from flexvar.evaluation import Classifier, class_accuracy, renderings, train_classifier
+from flexvar.evaluation import UNSEEN_SEED, Classifier, class_accuracy, renderings, train_classifier
 from flexvar.evaluation.reconstruction import quality_by_scale, use_of_all
 from flexvar.training.config import read_config
 from flexvar.training.settings import TokenizerRun, TransformerRun
@@ -37,7 +37,6 @@ ACCURACY_FLOOR = 0.735  # samples over unseen drawings: of the first honest run,
 FLOORS_FROM = 20.0  # minutes
 CLASSIFIER_STEPS, TOKENIZER_STEPS, TRANSFORMER_STEPS = 100, 150, 300  # of a minute
 CLASSIFIER_BATCH = 32
-UNSEEN_SEED = 1_000_003
 
 
 def trained(kind: type[TokenizerRun] | type[TransformerRun], config: Path, run: Path, steps: int, words: Sequence[str] = ()) -> Path:

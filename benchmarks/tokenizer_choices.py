@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexvar.checkpoint import load
 from flexvar.data import WELL_KNOWN, EmojiScenes
-from flexvar.evaluation import Classifier, load_classifier, renderings
+from flexvar.evaluation import UNSEEN_SEED, Classifier, load_classifier, renderings
 from flexvar.evaluation.reconstruction import quality_by_scale
 from flexvar.schedule import Schedule, Size
 from flexvar.tokenizer import Tokenizer
@@ -41,7 +41,6 @@ CHOICES: dict[str, list[str]] = {
 }
 SIDE = 48  # px
 SCALES: tuple[Size, ...] = ((2, 2), (4, 4), (6, 6))
-UNSEEN_SEED = 1_000_003
 
 
 def measured(tokenizer: Tokenizer, scenes: Tensor, classifier: Classifier) -> list[str]:

@@ -1,4 +1,4 @@
-"""Ships a trained model: `python -m examples.bundle RUN/model OUT_FOLDER [--tokenizer MODEL]`.
+"""Ships a trained model of emoji: `python -m examples.bundle RUN/model OUT_FOLDER [--tokenizer MODEL]`.
 
 Half the size; data, licence, machine and trainings named.
 """
@@ -15,6 +15,7 @@ import torch
 from flexvar.checkpoint import load, save
 from flexvar.data import aliases_of
 from flexvar.models import model_folder
+from flexvar.tokenizer.quantizer import same_codes
 
 ABOUT = {
     "about": "48 well-known emoji on plain backgrounds, drawn scale by scale; trained from random weights with `flexvar train`",
@@ -24,7 +25,6 @@ ABOUT = {
 }
 
 EARLIER = "earlier runs of the {}"
-ROUNDING = 0.01  # to bfloat16
 
 
 def runs_of(part: str, name: str) -> list[Any]:
@@ -55,8 +55,7 @@ def main() -> None:
     words = arguments.parse_args()
     painted_by = words.tokenizer or words.model
     model, painter = load(model_folder(words.model)), load(model_folder(painted_by)).tokenizer
-    codes = [tokenizer.quantizer.codebook for tokenizer in (model.tokenizer, painter)]
-    if codes[0].shape != codes[1].shape or not torch.allclose(*codes, atol=ROUNDING):
+    if not same_codes(model.tokenizer.quantizer.codebook, painter.quantizer.codebook):
         arguments.error(f"{painted_by} has other codes than {words.model}; name a tokenizer that began from its own with learns=decoder")
     provenance = ABOUT | all_runs(tokenizer=painted_by, transformer=words.model)
     model = dataclasses.replace(model, tokenizer=painter, provenance=provenance, aliases=aliases_of(model.class_names))

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flexvar import FlexVARPipeline, Schedule
-from flexvar.schedule import grid_of
+from flexvar import FlexVARPipeline
 from flexvar.sheet import sheet, to_pil
 
 SHOWN = ("pizza", "panda", "ghost", "red heart", "frog", "rocket", "sunflower", "octopus", "cat face", "strawberry", "cactus", "rainbow")
@@ -23,6 +22,12 @@ FRAME, PAUSE = 350, 2000  # milliseconds
 def zoom_of(pipe: FlexVARPipeline) -> int:
     """How much larger the pictures of a small model are shown."""
     return max(1, SHOWN_SIDE // pipe.defaults.height)
+
+
+def of_side(pipe: FlexVARPipeline, share: float) -> int:
+    """A share of the model's own side, in px and whole codes."""
+    f = pipe.tokenizer.config.downsample
+    return max(1, round(pipe.defaults.height * share / f)) * f
 
 
 def enlarged(picture: Image.Image, zoom: int) -> Image.Image:
@@ -39,9 +44,7 @@ def classes_sheet(pipe: FlexVARPipeline) -> Image.Image:
 
 def sizes_sheet(pipe: FlexVARPipeline, label: str) -> Image.Image:
     """One class at six sizes, from 1:3 to 3:1 and beyond the training size, with the same seed."""
-    side = pipe.defaults.height
-    small, long = side * 5 // 8, side * 15 // 8
-    half, large = side * 3 // 4, side * 3 // 2
+    side, small, half, large, long = (of_side(pipe, share) for share in (1, 0.625, 0.75, 1.5, 1.875))
     sizes = [(side, side), (small, long), (half, large), (long, small), (large, half), (large, large)]
     pictures = [enlarged(pipe(label, height=height, width=width, seed=7).images[0], zoom_of(pipe)) for height, width in sizes]
     captions = [f"{height} x {width}" for height, width in sizes]
@@ -50,16 +53,14 @@ def sizes_sheet(pipe: FlexVARPipeline, label: str) -> Image.Image:
 
 def steps_sheet(pipe: FlexVARPipeline, labels: list[str]) -> Image.Image:
     """The same seeds in four numbers of steps."""
-    h, w = grid_of(pipe.defaults.height, pipe.defaults.width, pipe.tokenizer.config.downsample)
-    schedules = [Schedule.for_grid(h, w, steps) for steps in (4, 6, 8, 10)]  # equal scales merge, so there may be fewer
-    rows = [[enlarged(picture, zoom_of(pipe)) for picture in pipe(labels, schedule=schedule, seed=3).images] for schedule in schedules]
-    return sheet(rows, [[f"{len(schedule)} steps"] for schedule in schedules])
+    numbers = (4, 6, 8, 10)
+    rows = [[enlarged(picture, zoom_of(pipe)) for picture in pipe(labels, num_inference_steps=steps, seed=3).images] for steps in numbers]
+    return sheet(rows, [[f"{steps} steps"] for steps in numbers])
 
 
 def growing(pipe: FlexVARPipeline, label: str) -> list[Image.Image]:
     """The frames of a film: a square, a row and a column of one class, scale by scale and side by side."""
-    side = pipe.defaults.height
-    small, long = side * 5 // 8, side * 15 // 8
+    side, small, long = (of_side(pipe, share) for share in (1, 0.625, 1.875))
     films = []
     for height, width in ((side, side), (small, long), (long, small)):
         steps = pipe.stream(label, height=height, width=width, seed=7)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flexvar import FlexVARPipeline
 from flexvar.data import EmojiScenes, write_pictures
-from flexvar.evaluation import DrawnPictures, evaluate, load_extractor, open_pictures
+from flexvar.evaluation import UNSEEN_SEED, DrawnPictures, evaluate, load_extractor, open_pictures
 
 PER_CLASS = 50
 
@@ -27,7 +27,7 @@ def main() -> None:
     words = parser.parse_args()
     pipe, extractor = FlexVARPipeline.from_pretrained(words.model), load_extractor("classifier")
     side = words.side or pipe.defaults.height
-    for name, seed in (("reference", 1_000_003), ("unseen", 1_000_033)):
+    for name, seed in (("reference", UNSEEN_SEED), ("unseen", UNSEEN_SEED + 30)):
         scenes = EmojiScenes(pipe.class_names, views=words.per_class)
         write_pictures(scenes, words.out / name, count_per_class=words.per_class, size=(side, side), seed=seed, overwrite=True)
     for name, pictures in (

@@ -262,6 +262,16 @@ def test_where_giving_out_a_recording_runs_out_of_memory_all_go(draw: Recorded, 
     assert first not in draw.recordings.values()
 
 
+def test_recordings_are_of_one_pair_of_networks(draw: Recorded, there: tuple[Tokenizer, Transformer]) -> None:
+    *_, last = generate(*there, [1], SCHEDULE, seeds=[1], draw=draw)
+    others = copy.deepcopy(there)
+    for pair in ((others[0], there[1]), (there[0], others[1])):
+        with pytest.raises(ValueError, match="holds recordings of other networks"):
+            next(generate(*pair, [1], SCHEDULE, seeds=[1], draw=draw))
+    again = (last.codes + 1) % 48
+    assert torch.allclose(last.decode(again), there[0].decode(again), atol=1e-5)  # its own pictures are those of its own codes alone
+
+
 @pytest.mark.parametrize("where", ["flexvar.generation.uniform_numbers", "flexvar.Tokenizer.features", "flexvar.Tokenizer.decode"])
 def test_whatever_a_pipeline_does_the_recordings_give_way(pipe: FlexVARPipeline, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a request needs, what is encoded, what is decoded."""

@@ -122,9 +122,14 @@ def test_upscale_keeps_the_native_scales_and_grows_beyond(pipe: FlexVARPipeline)
     with torch.no_grad():
         own = pipe.tokenizer.codes(pipe.tokenizer.features(edit.canvas), sizes[: sizes.index((4, 4)) + 1])
     assert all(torch.equal(step.codes, codes) for step, codes in zip(steps, own, strict=False))
-    with pytest.warns(UserWarning, match="40 px is more than twice the trained 16 px; expect waves") as caught:
+    with pytest.warns(UserWarning, match="px") as caught:
         assert pipe.upscale(picture(height=8, width=12), 4, 0, seed=0).images[0].size == (48, 32)
-    assert caught[0].filename == __file__
+    assert {warning.filename for warning in caught} == {__file__}
+    small, waves = (str(warning.message) for warning in caught)
+    assert small.startswith("32 x 48 px are more than max_pixels=1024: drawn at 28 x 40 px and enlarged, which is softer")
+    assert waves.startswith("28 x 40 px is more than twice the 16 px of this model's training")
+    with pytest.warns(UserWarning, match="6 scales are drawn instead of 2: each is at most 1.5 times the one before"):
+        pipe.settings.schedule_of(edit=pipe.edit_of("upscale", picture(height=8, width=8), factor=4), num_inference_steps=2)
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (13, 19), (7, 30), (1, 1), (5, 2)])

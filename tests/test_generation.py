@@ -294,7 +294,7 @@ def test_a_drawing_may_enter_and_leave_inference_mode(small_tokenizer: Tokenizer
         (Keep([torch.full((1, 1, 1), 48)]), "integers from 0 to 47"),
         (Keep([torch.zeros(1, 1, 1, dtype=torch.int64)], [torch.ones(1, 2, 2)]), "the kept map of scale 0"),
         (Keep([torch.zeros(1, 1, 1, dtype=torch.int64)] * 5), "5 scales are to be kept, but the schedule draws 4"),
-        (Keep([torch.zeros(1, 1, 1, dtype=torch.int64)], upto=-1), "to be kept"),
+        (Keep([torch.zeros(1, 1, 1, dtype=torch.int64)], upto=-1), "upto is -1"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_at_once(small_tokenizer: Tokenizer, small_transformer: Transformer, keep: Keep, words: str) -> None:

@@ -206,7 +206,7 @@ def test_what_is_encoded_counts_too(pipe: FlexVARPipeline, monkeypatch: pytest.M
     with torch.no_grad(), LiveBytes() as live:
         tokenizer.features(edit.canvas + 0)
     encoding = encoding_memory(tokenizer.config, edit.native, 1, torch.float32)
-    assert live.most <= encoding <= 3 * live.most  # without a kernel that spares the scores of attention
+    assert 0.9 * live.most <= encoding <= 1.3 * live.most
     assert encoding > bytes_for(drawn)
     assert drawn.fits(encoding)
     assert not drawn.fits(encoding - 1)

@@ -83,6 +83,30 @@ def test_other_names_of_classes(pipe: FlexVARPipeline) -> None:
         called("margerita")
 
 
+def test_a_class_that_is_called_like_another_ones_index_is_said(pipe: FlexVARPipeline) -> None:
+    """Folders 0, 1, 10, 2 are numbered in the order of their names."""
+    numbered = FlexVARPipeline(dataclasses.replace(pipe.model, class_names=("0", "1", "10", "2", "3")))
+    with pytest.warns(UserWarning, match="the index 2 is the class '10'; the class named '2' is given as a text"):
+        assert numbered.labels_of(2) == [2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert numbered.labels_of(["2", 1]) == [3, 1]
+
+
+def test_keywords_of_other_libraries(pipe: FlexVARPipeline) -> None:
+    with pytest.raises(TypeError, match=r"takes no keyword 'generator'; did you mean 'seed'\?$"):
+        pipe("pizza", generator=torch.Generator())  # type: ignore[call-arg]
+
+
+def test_far_beyond_the_trained_size_is_said(pipe: FlexVARPipeline) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe("pizza", height=32, width=32, num_inference_steps=4)
+    with pytest.warns(UserWarning, match="16 x 36 px is more than twice the 16 px of this model's training; expect waves") as caught:
+        pipe("pizza", height=16, width=36, num_inference_steps=4)
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize(
     ("label", "words"),
     [
@@ -230,6 +254,12 @@ def test_hub(pipe: FlexVARPipeline, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.upload_folder", upload)
     pipe.push_to_hub("me/mine")
     assert uploaded == {"me/mine": ["config.json", "tokenizer.safetensors", "transformer.safetensors"]}
+    monkeypatch.setattr("huggingface_hub.upload_folder", mock.Mock(side_effect=HTTPError("401 Unauthorized\nRequest ID: 1")))
+    with pytest.raises(ConnectionError, match=r"^me/mine could not be uploaded \(401 Unauthorized\); go online, and log in"):
+        pipe.push_to_hub("me/mine")
+    monkeypatch.setattr("huggingface_hub.upload_folder", mock.Mock(side_effect=OSError("no route")))
+    with pytest.raises(ConnectionError, match=r"could not be uploaded \(no route"):
+        pipe.push_to_hub("me/mine")
     made = []
     monkeypatch.setattr("huggingface_hub.create_repo", lambda name, **_: made.append(name))
     monkeypatch.setattr(pipe, "save_pretrained", mock.Mock(side_effect=ValueError("cannot be saved")))

@@ -77,6 +77,11 @@ def test_lists_words_and_mistakes() -> None:
     for text in ("", "1,,2", "a", "1x2x3", "1;2"):
         with pytest.raises(ValueError, match="is not a schedule"):
             Schedule.parse(text)
+    for number in ("5", "15", " 16"):
+        with pytest.raises(
+            ValueError, match=f"'{number}' is no published schedule .*; write one scale as 5x5, or ask for a number of steps"
+        ):
+            Schedule.parse(number)
     assert Schedule([1, [2, 3]]) == Schedule(((1, 1), (2, 3)))  # type: ignore[arg-type,list-item]
     for array in (np.array([[1, 1], [2, 3]]), torch.tensor([[1, 1], [2, 3]]), [np.array([1, 1]), torch.tensor([2, 3])]):
         assert Schedule.of(array) == Schedule.of([1, (2, 3)])  # type: ignore[arg-type]

@@ -217,7 +217,10 @@ def test_a_run_folder_of_another_model(trained_tokenizer: Path, tmp_path: Path, 
     config = tokenizer_config(tmp_path)
     assert main(["train", "tokenizer", str(config)]) == 0
     assert main(["train", "tokenizer", str(config), "model.codebook_size=32", "steps=8"]) == 2
-    assert "another model than the config" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "another model than the config (size mismatch for " in told
+    assert f"begin another run= folder with init_from={tmp_path}" in told
+    assert told.count("\n") == 1
 
 
 def test_folder_of_pictures_with_a_corrupt_one(tmp_path: Path, capsys) -> None:
@@ -241,7 +244,7 @@ def test_shipped_configs_are_read() -> None:
     found = sorted(configs.rglob("*.yaml"))
     assert found
     for path in found:
-        kinds = {"tokenizer": TokenizerRun, "cache": CacheRun}
+        kinds = {"tokenizer": TokenizerRun, "decoder": TokenizerRun, "cache": CacheRun}
         read_config(kinds.get(path.stem, TransformerRun), path)
 
 

@@ -19,7 +19,7 @@ from flexvar.cli import main
 from flexvar.data import FeatureCache, Shapes
 from flexvar.data.shards import Sample, ShardSource, TarShards
 from flexvar.training.config import read_config
-from flexvar.training.order import Batch, Steps, picture_at
+from flexvar.training.order import Batch, Steps, picture_at, position_random
 from flexvar.training.pictures import batches_of, measured_batches
 from flexvar.training.settings import TokenizerRun
 from flexvar.training.start import _same_classes
@@ -47,6 +47,13 @@ def test_every_picture_once_an_epoch_at_any_number_of_processes(processes: int, 
     for epoch in range(3):
         assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
     assert seen == [picture_at(5, position, count) for position in range(24 * steps)]
+
+
+def test_no_two_random_streams_are_the_same() -> None:
+    """Of places, of purposes, of seeds, and of places beyond 32 bits, as those of shards are."""
+    places = (0, 1, 2, 1 << 32, (1 << 32) + 1, 2 << 32)
+    streams = [position_random(seed, place, purpose) for seed in (0, 1) for place in places for purpose in range(5)]
+    assert len({stream.integers(1 << 62).item() for stream in streams}) == 60
 
 
 def test_parts_of_a_batch() -> None:

@@ -94,6 +94,22 @@ def test_initialisation_is_the_released_one() -> None:
     assert parameters["blocks.0.attention.log_scale"].exp().mean().item() == pytest.approx(4)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_initialising_again_is_initialising(shared: bool) -> None:
+    """With another gain than the one before, as of d24: nothing of what was there is left."""
+    torch.manual_seed(0)
+    transformer = Transformer(TransformerConfig(depth=4, classes=10, codebook_size=64, shared_modulation=shared))
+    before = {name: tensor.std().item() for name, tensor in transformer.named_parameters() if tensor.numel() > 1000}
+    transformer.initialise()
+    after = {name: tensor.std().item() for name, tensor in transformer.named_parameters() if tensor.numel() > 1000}
+    assert after == pytest.approx(before, rel=0.1)
+    transformer.initialise(1e-4)
+    if shared:
+        offset = transformer.layers[0].modulation_offset
+        assert offset[:2].std().item() == pytest.approx(1e-4 / 16, rel=0.1)
+        assert offset[2:].std().item() == pytest.approx(0.5 / 16, rel=0.1)
+
+
 def test_sampling_leaves_nothing_on_the_modules(small_transformer: Transformer, small_tokenizer: Tokenizer) -> None:
     from flexvar import generate
 

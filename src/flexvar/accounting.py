@@ -235,11 +235,12 @@ def plan(
 
     split: with and without the class one after the other (`Guidance.split`). dtype: of all but the blocks' weights where these have 8
     bits (`int8`).
-    Raises ValueError for a batch below 1, a dtype that is not torch's, and pictures so large that their bytes cannot be counted in 63 bits.
+    Raises ValueError for a batch below 1, a dtype that is none of torch's for floats, and pictures so large that their bytes cannot be
+    counted in 63 bits.
     """
     whole_number(batch, "batch", "give 1 or more", least=1)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype is {shown(dtype)}; give one of torch's, for example torch.bfloat16")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {shown(dtype)}; give one of torch's for floats, for example torch.bfloat16")
     schedule, rows = Schedule.of(schedule), 2 * batch if guided else batch
     try:
         decoding, painter = count_decoding(tokenizer, schedule[-1], batch, dtype), empty_tokenizer(tokenizer, dtype)

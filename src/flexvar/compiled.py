@@ -122,11 +122,13 @@ class Recorded:
 
     A smaller batch takes the recording of one up to twice as large. What is kept of given pictures changes from call to call: edits take
     the plain loop. Threads take turns, and so do their streams. Where memory runs out, all recordings go and it is tried once more.
+    Recordings point at the networks that they were made with: ValueError for others.
     """
 
     def __init__(self, record: Record, choose: Choose, decode: Callable[[Tensor], Tensor]) -> None:
         self.record, self.choose, self.decode = record, choose, decode
         self.recordings: dict[tuple[Schedule, Guidance, Sampling, int], Recording] = {}
+        self.networks: tuple[Tokenizer, Transformer] | None = None  # those of the first drawing
         self.turn = RLock()
         self.done: torch.cuda.Event | None = None  # the latest drawing, on whichever stream: the next one fills the same tensors
 
@@ -136,6 +138,9 @@ class Recorded:
         def decode(codes: Tensor) -> Tensor:
             return self.making_room(lambda: tokenizer.decode(codes))
 
+        self.networks = self.networks or (tokenizer, transformer)
+        if self.networks[0] is not tokenizer or self.networks[1] is not transformer:
+            raise ValueError("this way to draw holds recordings of other networks; make one for each pair with flexvar.compiled.compiled")
         if request.keep is not None:
             for step in self.making_room(lambda: list(draw_scales(tokenizer, transformer, request, self.choose))):
                 yield replace(step, decode=decode)
@@ -143,7 +148,7 @@ class Recorded:
         *codes, images = self.making_room(lambda: self._drawn(tokenizer, transformer, request))
         for k, size in enumerate(request.schedule):
             last = k == len(request.schedule) - 1
-            yield Step(k, size, codes[k], (lambda _: images) if last else decode)
+            yield Step(k, size, codes[k], (lambda given: images if given is codes[-1] else decode(given)) if last else decode)
 
     def recorded_batch(self, schedule: Schedule, guidance: Guidance, sampling: Sampling) -> int:
         """The largest batch of these settings that is recorded, and so has its memory already; 0 if none is."""

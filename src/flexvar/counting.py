@@ -82,7 +82,9 @@ def count_decoding(config: TokenizerConfig, size: Size, batch: int, dtype: torch
     """Of pictures of size = (h, w) codes."""
     tokenizer, made = empty_tokenizer(config, dtype), ResultBytes(torch.ops.aten.convolution)
     vectors = torch.empty(batch, config.code_width, *size, dtype=dtype, device="meta")
-    with torch.no_grad(), made, LiveBytes() as live, FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), made, FlopCounterMode(display=False) as counter:
+        tokenizer.decode_vectors(vectors)
+    with torch.no_grad(), WithoutScores(), LiveBytes() as live:
         tokenizer.decode_vectors(vectors)
     convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
     weights = bytes_of(tokenizer.decoder) + bytes_of(tokenizer.after_codes)
@@ -145,7 +147,7 @@ def encoding_memory(config: TokenizerConfig, size: Size, batch: int, dtype: torc
     tokenizer, (height, width) = empty_tokenizer(config, dtype), (side * config.downsample for side in size)
     try:
         pictures = torch.empty(batch, 3, height, width, dtype=dtype, device="meta")
-        with torch.no_grad(), LiveBytes() as live:
+        with torch.no_grad(), WithoutScores(), LiveBytes() as live:
             tokenizer.features(pictures)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"no machine holds {batch} x {height} x {width} px; take fewer") from error

@@ -206,6 +206,7 @@ def outpaint(
     """
     pictures = pictures_of(image)
     own = (pictures.shape[-2], pictures.shape[-1])
+    _shares(0, anchor, "left", "right")  # complains of an unknown anchor, also where it does not count
     sides = [whole_number(added, name) for name, added in (("left", left), ("right", right), ("top", top), ("bottom", bottom))]
     if height is not None or width is not None:
         if any(sides):

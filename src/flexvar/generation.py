@@ -53,7 +53,9 @@ class Keep:
 
     def check(self, schedule: Schedule, pictures: int, codebook_size: int) -> None:
         """Raises ValueError, naming the scale, where the kept codes do not fit a drawing of so many pictures."""
-        if len(self) > len(schedule) or (self.upto or 0) < 0 or (self.where is not None and len(self.where) < len(self)):
+        if (self.upto or 0) < 0:
+            raise ValueError(f"upto is {self.upto}: so many scales are to be kept; give 0 or more, or None for all that have codes")
+        if len(self) > len(schedule) or (self.where is not None and len(self.where) < len(self)):
             raise ValueError(
                 f"{len(self)} scales are to be kept, but the schedule draws {len(schedule)}; give codes, and maps if any, for each"
             )
@@ -142,7 +144,7 @@ def _indices(labels: Tensor | Sequence[int], null_class: int) -> Tensor:
 
 
 def needed_guidance(guidance: Guidance, labels: Sequence[int], null_class: int) -> Guidance:
-    """None where no picture has a class: what is drawn with the class and without it is then the same."""
+    """Switched off where no picture has a class: what is drawn with the class and without it is then the same."""
     return replace(guidance, stop=0) if all(label == null_class for label in labels) else guidance
 
 

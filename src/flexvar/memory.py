@@ -106,6 +106,8 @@ class MemoryNeed(ContextDecorator):
         size, batch = (asked, self.batch) if free is None else (self.largest_size(free), self.largest_batch(free))
         choices = [f"{size[0] * f} x {size[1] * f} px"] if size not in (None, asked) else []
         choices += [f"{batch} at a time"] if 0 < batch < self.batch else []
+        halved = free is not None and self.guided and not self.split and not self.fits(free) and replace(self, split=True).fits(free)
+        choices += ["the same with split_guidance"] if halved else []
         mend = f"{' or '.join(choices)} would fit" if choices else "free some, or take smaller pictures or a smaller batch"
         pictures, together = ("a picture", "") if self.batch == 1 else (f"{self.batch} pictures", " at a time")
         return f"not enough memory for {pictures} of {asked[0] * f} x {asked[1] * f} px{together}; {mend} (see `flexvar plan`)"

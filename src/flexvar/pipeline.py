@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, Unpack
 
-import huggingface_hub
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from flexvar.settings import DrawingSettings, MaskedEditSettings, OutpaintSettin
 from flexvar.sheet import Images, OutputType, as_output, check_output_type, to_pil
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
+from flexvar.zoo import upload_folder
 
 Labels: TypeAlias = Label | Sequence[Label]
 T = TypeVar("T")
@@ -115,11 +115,10 @@ class FlexVARPipeline:
         return write_released(self.model, folder, overwrite=overwrite)
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
-        """Uploads the model folder to the Hub under `repository`; gives its address."""
+        """Uploads the model folder to the Hub under `repository`; gives its address. ConnectionError, in one line, where that cannot be."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            huggingface_hub.create_repo(repository, private=private, exist_ok=True)
-            return str(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder))
+            return upload_folder(folder, repository, private=private)
 
     def to(
         self,
@@ -181,7 +180,7 @@ class FlexVARPipeline:
         at_once = None if batch_size is None else whole_number(batch_size, "batch_size", "give an integer of at least 1", least=1)
 
         def drawn(part: slice) -> Tensor:
-            return self._finished(indices[part], seeds[part], edit and edit.part(part), grids, guidance, sampling)
+            return self._finished(indices[part], seeds[part], None if edit is None else edit.part(part), grids, guidance, sampling)
 
         ready = self._draw.recorded_batch(grids, guidance, sampling) if isinstance(self._draw, Recorded) and edit is None else 0
         images = in_parts(self._need(grids, len(indices), guidance, edit), drawn, at_once, ready)
@@ -223,6 +222,9 @@ class FlexVARPipeline:
         """The steps of a drawing that was asked for in full."""
         need = self._need(grids, len(indices), guidance, edit)
         need.refuse_what_cannot_fit()
+        if max(grids[-1]) > 2 * self.settings.trained_grid:
+            *size, trained = (side * self.tokenizer.config.downsample for side in (*grids[-1], self.settings.trained_grid))
+            warn(f"{size[0]} x {size[1]} px is more than twice the {trained} px of this model's training; expect waves and repeated parts")
         with need:
             keep = None if edit is None else self._making_room(lambda: self._keep(edit, grids))
             networks = self.tokenizer, self.transformer
@@ -296,8 +298,9 @@ class FlexVARPipeline:
         with room_for(f"{operation} with pictures and results of such a size"):
             edit = editing.EDITS[operation](image, f, most, **own)
         refuse_results(edit.size, len(edit))
-        if operation == "upscale" and max(edit.grid) * f > 2 * trained:
-            warn(f"{edit.grid[0] * f} x {edit.grid[1] * f} px is more than twice the trained {trained} px; expect waves")
+        if (height := edit.size[0]) * (width := edit.size[1]) > most:
+            drawn = f"drawn at {edit.crop[2]} x {edit.crop[3]} px and enlarged"
+            warn(f"{height} x {width} px are more than max_pixels={most}: {drawn}, which is softer; a larger max_pixels draws more")
         return edit
 
     @torch.no_grad()

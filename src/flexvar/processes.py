@@ -6,9 +6,11 @@ import ctypes
 import gc
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,7 @@ def processes(device: torch.device, patience: timedelta | None = None) -> Iterat
     """Joins the other processes when started by `torchrun`; gives (rank, number of processes).
 
     patience: how long one waits for the others before it gives up; torch's own default where it is None.
+    Raises OSError, in one line with the rank and what it was at, for a process that waited in vain or lost the others.
     """
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
@@ -51,10 +54,24 @@ def processes(device: torch.device, patience: timedelta | None = None) -> Iterat
     try:
         yield dist.get_rank(), dist.get_world_size()
         finished = True
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise OSError(_of_the_others(error)) from error
     finally:
         if finished or backend == "gloo":  # NCCL waits here for the others, who may be waiting for this process: it leaves them by ending
             dist.destroy_process_group()
             gc.collect()  # a DistributedDataParallel holds the group, and itself
+
+
+def _of_the_others(error: RuntimeError) -> str:
+    """What happened to one process because of another, and what it was at: the innermost function of ours."""
+    rank, world, said = dist.get_rank(), dist.get_world_size(), " ".join(str(error).split())
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(Path(__file__).parent)]
+    at = f"{Path(ours[-1].filename).name}, {ours[-1].name}"
+    waited = any(word in said.lower() for word in ("timed out", "timeout"))
+    what = "waited for another one in vain, which hangs or has ended" if waited else "lost another one, whose own line says why"
+    return f"process {rank} of {world} (from 0) {what}; it was at {at}: {said[:200]}"
 
 
 def forbid_tf32() -> None:

@@ -19,7 +19,7 @@ SECONDS_AT_MOST = 1.0
 """After so many the largest product is not measured again."""
 
 MEMORY_TAKEN = 2**30
-"""Bytes that are enough for it on a CPU."""
+"""Bytes that are enough to measure the rates on a CPU."""
 
 LARGE_PRODUCT = 8192  # rows, and both sides of a weight: less does not fill a GPU
 MOST_ROWS = 4096  # of a product on a CPU, which is no faster with more

@@ -19,7 +19,7 @@ OFFICIAL_SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32}
 """Square scales that the released evaluation samples; it draws all others with top-k 1 (released code; not in the paper)."""
 
 MOST_CANDIDATES = 1 << 20  # that are chosen among at the same time, which bounds the memory that it takes
-LARGEST_SCALE, LEAST_TEMPERATURE = 1e30, 1e-6  # so that logits and weights stay within float32
+LARGEST_GUIDANCE, LEAST_TEMPERATURE = 1e30, 1e-6  # so that logits and weights stay within float32
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Guidance:
         if self.kind not in get_args(GuidanceKind):
             raise ValueError(f"no guidance is of kind {self.kind!r}; there are {', '.join(get_args(GuidanceKind))}")
         mend = "give a finite number, 1 (or 0 for the official ramp) switches it off"
-        scale = finite_number(self.scale, "the guidance scale", mend, least=-LARGEST_SCALE, most=LARGEST_SCALE)
+        scale = finite_number(self.scale, "the guidance scale", mend, least=-LARGEST_GUIDANCE, most=LARGEST_GUIDANCE)
         object.__setattr__(self, "scale", scale)
         check_truth(self.split, "split_guidance")
         if self.stop is not None:

@@ -93,7 +93,14 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
-        """A schedule as people type it: "1,2,4" (square scales), "1x1,2x3,4x6" (h x w), or a published name."""
+        """A schedule as people type it: "1,2,4" (square scales), "1x1,2x3,4x6" (h x w), or a published name.
+
+        ValueError for anything else, and for a number that is no published name: it might be meant as one, or as a single scale.
+        """
+        if text.strip().isdigit() and text not in NAMED:
+            raise ValueError(
+                f"{text!r} is no published schedule ({', '.join(NAMED)}); write one scale as 5x5, or ask for a number of steps"
+            )
         return cls.named(text) if text in NAMED else cls(parse_sizes(text))
 
     @classmethod

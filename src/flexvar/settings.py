@@ -8,7 +8,7 @@ from typing import Any, TypedDict, TypeVar
 
 from flexvar.arguments import both_sides
 from flexvar.checkpoint import Model
-from flexvar.checks import whole_number
+from flexvar.checks import warn, whole_number
 from flexvar.editing import Anchor, Edit, MaskRule
 from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
 from flexvar.schedule import FINEST, Schedule, ScheduleLike, check_steps, grid_of
@@ -124,7 +124,7 @@ class Settings:
         f, trained_grid, steps = self.downsample, self.trained_grid, num_inference_steps
         if edit is not None:
             own = edit.grid[0] * f, edit.grid[1] * f
-            if (height or own[0], width or own[1]) != own:
+            if height not in (None, own[0]) or width not in (None, own[1]):
                 raise ValueError(f"the edit draws {own[0]} x {own[1]} px; leave height and width out")
             height, width = own
         if schedule is not None:
@@ -138,7 +138,10 @@ class Settings:
         asked = self.defaults.num_inference_steps if steps is None else whole_number(steps, "num_inference_steps")
         if edit is not None:
             check_steps(asked)
-            return edit.schedule(asked, trained_grid)
+            found = edit.schedule(asked, trained_grid)
+            if steps is not None and len(found) > steps:
+                warn(f"{len(found)} scales are drawn instead of {steps}: each is at most 1.5 times the one before beyond the picture's own")
+            return found
         height, width = both_sides(height, width, (self.defaults.height, self.defaults.width), f)
         if steps is None:  # nobody asked for so many
             return Schedule.for_grid(*grid_of(height, width, f), asked, trained_grid)

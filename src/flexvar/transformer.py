@@ -22,7 +22,7 @@ from flexvar.position import PositionMode, initial_table, resample
 from flexvar.schedule import Schedule, ScheduleLike, Size
 
 MODULATIONS = 6
-LARGEST_SCALE = math.log(100)
+LARGEST_LOG_SCALE = math.log(100)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class SelfAttention(nn.Module):
         """Queries, keys and values (B, H, n, D/H) of x (B, n, D), ready for attention."""
         qkv = self.project(x).unflatten(-1, (3, self.heads, -1))  # (B, n, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, D/H) each
-        scale = self.log_scale.float().clamp_max(LARGEST_SCALE).exp()[:, None, None]  # (H, 1, 1)
+        scale = self.log_scale.float().clamp_max(LARGEST_LOG_SCALE).exp()[:, None, None]  # (H, 1, 1)
         q = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype)
         k = F.normalize(k.float(), dim=-1).to(v.dtype)
         if q.device.type == "mps":  # where attention of few queries reads other layouts wrongly, in torch 2.11 (pytorch issue 181133)
@@ -139,7 +139,7 @@ class Block(nn.Module):
         self.attention = SelfAttention(config.width, config.heads)
         self.mlp = MLP(config.width, round(config.width * config.mlp_ratio))
         if config.shared_modulation:
-            self.modulation_offset = nn.Parameter(torch.randn(MODULATIONS, config.width) / math.sqrt(config.width))
+            self.modulation_offset = nn.Parameter(torch.empty(MODULATIONS, config.width))
         else:
             self.modulation = nn.Linear(config.width, MODULATIONS * config.width)
 
@@ -182,7 +182,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, gain_factor: float = 1e-3) -> None:
-        """The released initialisation (released code). `gain_factor`: of the modulation's gains, 1e-4 for d24."""
+        """The released initialisation (released code), whatever was there before. `gain_factor`: of the modulation's gains, 1e-4 for d24.
+
+        The released code leaves a linear layer that all blocks share as it is; here it is scaled as those of single blocks are.
+        """
         depth, width = self.config.depth, self.config.width
         std = math.sqrt(1 / (3 * width))
         for module in self.modules():
@@ -197,7 +200,9 @@ class Transformer(nn.Module):
             block.attention.out.weight.div_(math.sqrt(2 * depth))
             block.mlp.fall.weight.div_(math.sqrt(2 * depth))
             if self.shared_modulation is not None:
+                nn.init.normal_(block.modulation_offset, std=1 / math.sqrt(width))
                 block.modulation_offset[:2].mul_(gain_factor)
+                block.modulation_offset[2:].mul_(0.5)
         for modulation in [self.shared_modulation] if self.shared_modulation is not None else [block.modulation for block in self.layers]:
             modulation.weight[2 * width :].mul_(0.5)
             modulation.weight[: 2 * width].mul_(gain_factor)

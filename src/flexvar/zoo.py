@@ -71,6 +71,21 @@ def fetch_folder(repository: str) -> Path:
     return _fetched(repository, MODEL_FILES)
 
 
+def upload_folder(folder: Path | str, repository: str, *, private: bool = False) -> str:
+    """Uploads a folder to the Hub, into a repository that is made unless it is there; gives its address.
+
+    Raises ConnectionError, in one line, where the Hub cannot be reached or does not let us.
+    """
+    try:
+        huggingface_hub.create_repo(repository, private=private, exist_ok=True)
+        return str(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder))
+    except HFValidationError as error:
+        raise ValueError(f"{repository!r} is no name of a repository; give owner/name") from error
+    except (HTTPError, OSError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConnectionError(f"{repository} could not be uploaded ({reason}); go online, and log in with `hf auth login`") from error
+
+
 def sha256(path: Path | str) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

@@ -140,10 +140,13 @@ def run_plan(words: Words) -> None:
         transformer = TransformerConfig(depth=words.depth)
     asked = None if words.schedule is None else Schedule.parse(words.schedule)
     schedule = Settings(model).schedule_of(words.height, words.width, words.steps, asked)
+    if words.measure and words.split_guidance:
+        raise ValueError("--measure draws with and without the class together; leave --split-guidance out, or --measure")
     device = device_of(words.device) if words.measure else None
     dtype = dtype_of(words.dtype, kind_of(words.device or "cpu") if device is None else device.type)
     guided, int8 = not words.no_guidance, words.dtype == "int8"
-    cost = plan(transformer, model.tokenizer.config, schedule, batch=words.batch, guided=guided, dtype=dtype, int8=int8)
+    how = {"guided": guided, "split": words.split_guidance, "dtype": dtype, "int8": int8}
+    cost = plan(transformer, model.tokenizer.config, schedule, batch=words.batch, **how)
     print(cost, flush=True)
     if device is not None:
         _measure(cost, device)

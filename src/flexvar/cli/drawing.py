@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,13 @@ def run_sample(words: Words) -> None:
     planned = [words.out / (stem + ending) for stem in stems for ending in endings] + ([words.out / "grid.png"] if words.grid else [])
     _check_free(words.out, planned, words.overwrite)
     settings = {"height": words.height, "width": words.width, **settings_of(words)}
-    dtype = move(pipe, words)
+    made = move(pipe, words)
     pictures: list[Image.Image] = []  # of the grid: without one, a long series is not kept in memory
     for part in progress(_parts(labels, words.batch), "drawing"):
         steps, how = _drawn(pipe, words, asked[part], seeds[part], settings)
         for i, picture in enumerate(_painted(steps[-1]), part.start):
-            facts = {"model": words.model, "class": pipe.class_name(labels[i]), "seed": seeds[i], "dtype": dtype}
-            _save_picture(picture, words.out / f"{stems[i]}.png", facts | how)
+            facts = {"model": words.model, "class": pipe.class_name(labels[i]), "seed": seeds[i]}
+            _save_picture(picture, words.out / f"{stems[i]}.png", facts | made | how)
             if words.grid:
                 pictures.append(picture)
         if words.strip:
@@ -79,11 +80,11 @@ def run_edit(words: Words) -> None:
 
     for image in stems:
         prepared(image)  # a picture that cannot be edited is told before any is drawn
-    dtype = move(pipe, words)
+    made = move(pipe, words)
     for image in progress(list(stems), "editing"):
         given, edit = prepared(image)
         finished: list[Image.Image] = []  # of the sheet
-        facts = {"model": words.model, "edit": operation, "of": Path(image).name, "dtype": dtype}
+        facts = {"model": words.model, "edit": operation, "of": Path(image).name} | made
         facts |= {name: value for name, value in own.items() if name != "mask"}
         for part in _parts(labels, words.batch):
             steps, how = _drawn(pipe, words, asked[part], seeds[part], settings, edit)
@@ -161,8 +162,8 @@ def greedy_scales(text: str) -> Greedy:
         raise ValueError(f"--greedy is {text!r}; give none, official, or scales such as 7,9 or 4x6") from error
 
 
-def move(pipe: FlexVARPipeline, words: Words) -> str:
-    """Moves a pipeline to the device and dtype asked for, or the best that there are, compiles it on request; gives the dtype's name."""
+def move(pipe: FlexVARPipeline, words: Words) -> dict[str, str]:
+    """Moves a pipeline to the device and dtype asked for, or the best that there are, compiles it on request; gives what came of it."""
     from flexvar.processes import keep_memory
 
     device = device_of(words.device)
@@ -173,7 +174,8 @@ def move(pipe: FlexVARPipeline, words: Words) -> str:
         pipe.to_int8()
     if words.compile:
         pipe.compile()
-    return pipe.precision
+    made = {"device": str(device), "dtype": pipe.precision, "flexvar": version("flexvar")}
+    return made | ({"compiled": "yes"} if "compiled" in pipe.made_faster else {})
 
 
 def dtype_of(name: str | None, device_type: str) -> torch.dtype:

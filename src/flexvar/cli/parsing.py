@@ -33,14 +33,18 @@ def parser() -> argparse.ArgumentParser:
     top = OneLine(
         prog="flexvar",
         description="Visual autoregressive modelling at any size, aspect ratio and number of steps.",
-        epilog="exit status: 0; 2 after a mistake, which one line on stderr explains (and a traceback with FLEXVAR_TRACEBACK=1 in the "
-        "environment); 130 after Ctrl-C",
+        epilog="example: flexvar sample pizza --seed 7. Exit status: 0; 2 after a mistake, which one line on stderr explains (and a "
+        "traceback with FLEXVAR_TRACEBACK=1 in the environment); 130 after Ctrl-C",
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[Words], None], about: str, example: str, under: Any = commands) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = under.add_parser(name, help=about, description=about, epilog=f"example: flexvar {example}")
         added.set_defaults(run=run)
+        return added
+
+    def group(name: str, about: str, example: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about, epilog=f"example: flexvar {example}")
         return added
 
     sample = command(
@@ -53,14 +57,14 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--grid", action="store_true", help="also one sheet with all pictures")
     sample.add_argument("--strip", action="store_true", help="also every scale of each picture, side by side")
 
-    edit = commands.add_parser("edit", help="Change given pictures, without any fine-tuning.")
+    edit = group("edit", "Change given pictures, without any fine-tuning.", "edit inpaint photo.png --mask mask.png --class panda")
     edits = edit.add_subparsers(title="edits", metavar="EDIT", required=True)
     for name, about, example in EDITS:
         added = command(name, run_edit, about, f"edit {name} {example}", edits)
         added.set_defaults(command_name=name)
         _add_edit(added, name)
 
-    train = commands.add_parser("train", help="Train a tokenizer or a transformer.")
+    train = group("train", "Train a tokenizer or a transformer.", "train tokenizer configs/own/tokenizer.yaml")
     stages = train.add_subparsers(title="what to train", metavar="STAGE", required=True)
     for stage in ("tokenizer", "transformer"):
         about = f"Train a {stage} as a config says, or go on where its run stopped. Works under torchrun too."
@@ -78,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("--check", action="store_true", help="instead: read the whole cache again and name what is damaged")
     add_overwrite(cache)
 
-    evaluate = commands.add_parser("evaluate", help="Measure models, pictures and tokenizers.")
+    evaluate = group("evaluate", "Measure models, pictures and tokenizers.", "evaluate samples drawn.npz --reference reference.npz")
     add_evaluations(evaluate.add_subparsers(title="what to measure", metavar="WHAT", required=True), command)
 
     convert = command(
@@ -91,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--back", metavar="MODEL", help="instead: write this model as files that the released code loads")
     add_overwrite(convert)
 
-    data = commands.add_parser("data", help="Make a data set that anyone can make.")
+    data = group("data", "Make a data set that anyone can make.", "data shapes pictures --count 50")
     kinds = data.add_subparsers(title="data sets", metavar="KIND", required=True)
     for kind, about in (("emoji", "Emoji of the Noto Color Emoji font on plain backgrounds."), ("shapes", "Drawn shapes.")):
         added = command(kind, run_data, f"{about} One folder of PNG files a class.", f"data {kind} data/{kind} --count 20", kinds)
@@ -122,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
     add_size(plan)
     add_schedule(plan)
     plan.add_argument("--batch", type=int, default=1, help="pictures drawn at the same time (default: 1)")
-    plan.add_argument("--no-guidance", action="store_true", help="without classifier-free guidance")
+    guided = plan.add_mutually_exclusive_group()
+    guided.add_argument("--no-guidance", action="store_true", help="without classifier-free guidance")
+    guided.add_argument("--split-guidance", action="store_true", help="with and without the class one after the other, for less memory")
     plan.add_argument(
         "--device", help="a name as cpu or cuda, which need not be here (default: cpu; with --measure: the accelerator, if any)"
     )

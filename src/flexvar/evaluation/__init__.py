@@ -1,6 +1,7 @@
 """Measuring what models draw."""
 
 from flexvar.evaluation.classifier import (
+    UNSEEN_SEED,
     Classifier,
     accuracy_interval,
     class_accuracy,
@@ -19,6 +20,7 @@ from flexvar.evaluation.stored import PictureSet, open_pictures
 
 __all__ = [
     "LPIPS",
+    "UNSEEN_SEED",
     "Classifier",
     "DrawnPictures",
     "Extractor",

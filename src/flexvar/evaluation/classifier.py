@@ -25,6 +25,7 @@ from flexvar.writing import write_whole
 
 BUNDLED = "emoji-classifier.safetensors"
 SMALLEST = 32  # px
+UNSEEN_SEED = 1_000_003  # of renderings to measure on: no training uses it
 WIDTHS, KERNELS = (32, 64, 96, 128, 112), (5, 3, 3, 3, 3)  # of the layers, each of which halves the resolution; the last sees 65 px
 PICTURES_AT_ONCE = 64
 JUMBLED_SHARE = 0.25

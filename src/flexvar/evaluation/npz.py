@@ -23,6 +23,8 @@ DAMAGED = (ValueError, EOFError, OSError, NotImplementedError, zipfile.BadZipFil
 
 def open_npz(path: Path) -> zipfile.ZipFile:
     """The archive that an .npz is. ValueError where it is none, or is truncated."""
+    if path.suffix in (".pt", ".pth"):  # archives too, as torch-fidelity keeps its statistics
+        raise ValueError(f"{path} is a file of torch; write what it holds as an .npz, numpy.savez(path, mu=..., sigma=...) for statistics")
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:

@@ -10,6 +10,17 @@ SIMILARITIES_AT_ONCE = 1 << 24
 """Numbers of the (tokens, V) similarity matrix that exist at the same time: 64 MiB in float32."""
 
 
+ROUNDING = 0.01
+"""By so much may codes of length 1 differ that were rounded to bfloat16."""
+
+
+def same_codes(one: Tensor, other: Tensor) -> bool:
+    """Whether two codebooks (V, C) are the same, but for rounding and the lengths of their vectors, which do not count."""
+    if one.shape != other.shape:
+        return False
+    return torch.allclose(F.normalize(one.float(), dim=-1), F.normalize(other.float(), dim=-1), rtol=0, atol=ROUNDING)
+
+
 class Quantizer(nn.Module):
     """V code vectors of width C; pictures' features and codes are compared as unit vectors, in float32."""
 

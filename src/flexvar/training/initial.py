@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -16,10 +15,10 @@ from flexvar.models import model_folder
 from flexvar.official import read_released, released_name
 from flexvar.position import resample
 from flexvar.tokenizer import Tokenizer
+from flexvar.tokenizer.quantizer import same_codes
 from flexvar.transformer import Transformer
 
 CODES = ("quantizer.", "before_codes.", "after_codes.")  # the tensors of a tokenizer that depend on the shape of the codebook
-ROUNDING = 0.01  # of unit vectors, with room for bfloat16
 
 
 def check_codes(folder: Path, tokenizer: Tokenizer, name: str) -> None:
@@ -42,7 +41,7 @@ def check_codes(folder: Path, tokenizer: Tokenizer, name: str) -> None:
             f"{folder} was trained on {their_size} codes of width {their_width}, and {name} has {size} of width {width}; "
             f"take its own, tokenizer={folder}, or begin anew: another run= without init_from"
         )
-    if not torch.allclose(F.normalize(theirs, dim=-1), F.normalize(ours, dim=-1), rtol=0, atol=ROUNDING):
+    if not same_codes(theirs, ours):
         told = f"{folder} was trained on other codes than {name} has, and must learn these; tokenizer={folder} has its own"
         warn(told)
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from flexvar.data.images import count_of_unreadable
 from flexvar.memory import is_out_of_memory
 from flexvar.processes import MOST_WORKERS
-from flexvar.rates import matrix_rate
+from flexvar.rates import device_name, matrix_rate
 from flexvar.training.meter import Meter, Work, nested
 from flexvar.training.optimiser import learning_rate, parameter_groups, precision
 from flexvar.training.order import Batch, shared
@@ -83,6 +83,7 @@ class _Run:
         self.workshop, self.network = workshop.to(device), workshop.network
         self.data = data
         self.dtype = precision(config.precision, device)
+        self.made = {"device": device_name(device), "precision": str(self.dtype).removeprefix("torch."), "processes": world}
         self.optimiser = torch.optim.AdamW(
             parameter_groups(workshop, config.optimiser.weight_decay),
             lr=config.optimiser.learning_rate,
@@ -116,7 +117,8 @@ class _Run:
         if self.step >= self.config.steps:
             self._say(f"{self.folder.path} is finished ({self.step} steps); raise steps= to go on")
             return self.folder.model
-        self.matrix_rate = matrix_rate(self.device, self.dtype)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self._say(f"training on {self.device} in {self.made['precision']}, {world} process{'es' * (world > 1)}")
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -169,8 +171,11 @@ class _Run:
                 reported_at, seconds = self.step, 0.0
             if saving:
                 self._save()
-            if self.rank == 0 and (self.step % config.sheet_every == 0 or self.step == config.steps):
-                self.folder.write_sheet(self.step, partial(self.workshop.sheet, self.average))
+            if self.step % config.sheet_every == 0 or self.step == config.steps:
+                paused = time.perf_counter()
+                if self.rank == 0:
+                    self.folder.write_sheet(self.step, partial(self.workshop.sheet, self.average))
+                began += time.perf_counter() - paused
             if reporting or saving:
                 began = time.perf_counter()
             if last:
@@ -234,6 +239,7 @@ class _Run:
         speed: dict[str, Any] = {"pictures_per_second": steps * self.config.batch / seconds}
         if self.work.tokens:
             world = dist.get_world_size() if dist.is_initialized() else 1
+            self.matrix_rate = max(self.matrix_rate, matrix_rate(self.device, self.dtype))  # the best so far: other work slows it
             speed["tokens_per_second"] = world * self.work.tokens / seconds
             speed["share_of_matrix_rate"] = self.work.flops / seconds / self.matrix_rate
         self.work = Work()
@@ -273,7 +279,7 @@ class _Run:
             "scaler": self.scaler.state_dict(),
         }
         provenance = {
-            "trained": {"steps": self.step, "pictures": self.step * self.config.batch, "seconds": round(self.seconds)},
+            "trained": {"steps": self.step, "pictures": self.step * self.config.batch, "seconds": round(self.seconds), **self.made},
             "config": OmegaConf.to_container(OmegaConf.structured(self.config)),
         }
         self.folder.write_model(self.workshop.finished(self.average, provenance), is_best)
@@ -335,7 +341,9 @@ class _Run:
         try:
             self.workshop.load_state_dict(state["workshop"])
         except RuntimeError as error:
-            raise ValueError(f"{path} is of another model than the config; choose another run= folder") from error
+            first = str(error).strip().splitlines()[-1].strip()
+            mend = f"set the config's model and adversary as they were, or begin another run= folder with init_from={self.folder.model}"
+            raise ValueError(f"{path} is of another model than the config ({first}); {mend}") from error
         self.average.load_state_dict(state["average"])
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(state["optimiser"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexvar.position import area_averaged
 
-CODES_AT_ONCE = 4096
+FEATURES_AT_ONCE = 4096
 """Features of a batch that the entropy term looks at; it holds a probability for each of them and each code."""
 
 
@@ -46,7 +46,7 @@ def entropy(features: Tensor, codebook: Tensor, temperature: float = 0.01) -> Te
     As in LlamaGen, where its weight is 0; of at most 4096 features, evenly spread over those given, so that memory stays bounded.
     """
     flat = features.reshape(-1, features.shape[-1])
-    flat = flat[:: max(1, -(-len(flat) // CODES_AT_ONCE))]  # (N, C)
+    flat = flat[:: max(1, -(-len(flat) // FEATURES_AT_ONCE))]  # (N, C)
     with torch.autocast(flat.device.type, enabled=False):
         similarity = 2 * flat.float() @ F.normalize(codebook.float(), dim=-1).T / temperature  # (N, V)
     shares, logs = similarity.softmax(-1), similarity.log_softmax(-1)  # (N, V)

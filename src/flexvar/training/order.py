@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 
 from flexvar.data.source import PictureSource
 
-PICTURE, LABEL, PATHS, SHUFFLE = 0, 1, 2, 3
-"""What a random stream of a position is for."""
+PICTURE, LABEL, PATHS, SHUFFLE, EPOCH = 0, 1, 2, 3, 4
+"""What a random stream of a position, or of an epoch, is for."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def step_random(seed: int, step: int, purpose: str = "") -> random.Random:
 
 def position_random(seed: int, position: int, purpose: int) -> np.random.Generator:
     """The random stream of one picture at its place in the sequence."""
-    return np.random.default_rng((seed, position, purpose))
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, position)))
 
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
+    return position_random(seed, epoch, EPOCH).permutation(count)
 
 
 def picture_at(seed: int, position: int, count: int) -> int:

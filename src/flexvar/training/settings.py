@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
-from flexvar.schedule import grid_of
+from flexvar.schedule import RandomPolicy, grid_of
 
 Rule = tuple[str, Callable[[Any], bool]]
 """What a setting must be, in words and as a test."""
@@ -125,7 +125,7 @@ class RunConfig:
     seed: int = 0
     steps: int = 10000
     batch: int = 64  # pictures a step, on all processes together
-    accumulate: int = 1  # parts in which a process works off its share of a step: less memory, the same step
+    accumulate: int = 1  # parts in which a process works off its share of a step: less memory, the same step but for terms of whole batches
     sizes: list[list[int]] = field(default_factory=lambda: [[256, 256]])  # (height, width) in pixels; one is drawn each step
     workers: int = -1  # processes that prepare pictures, beside each training process; -1 means as many as there are spare cores, at most 8
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products and convolutions; auto: bf16 on GPUs that have it, else fp32
@@ -260,7 +260,7 @@ class TransformerRun(RunConfig):
     tokenizer: str = ""  # a model folder, or a bundled or released name
     model: TransformerShape = field(default_factory=TransformerShape)
     gain_factor: float = 1e-3  # of the modulation's gains at the beginning; 1e-4 in the released d24
-    schedules: Literal["paper", "released"] = "paper"  # how the scales of a step are drawn
+    schedules: RandomPolicy = "paper"  # how the scales of a step are drawn
     finest: int = 0  # codes on the longer side of the finest scale; 0 means all that the picture has
     attention: Literal["mask", "by-scale", "flex", "padded"] = "by-scale"  # how it is worked out; all ways give the same
     compile: str = ""  # a backend of torch.compile for what is not attention, for example inductor

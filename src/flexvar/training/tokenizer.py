@@ -43,7 +43,7 @@ class TokenizerWorkshop(Workshop):
         self.frozen: list[LPIPS] = self._lpips()  # in a list, so that it is not one of this module's own parts
         self.examples = examples  # (N, 3, H, W) uint8, for the sheets
         self.used = torch.zeros(config.model.codebook_size)  # since unused codes were last looked for; each process counts its own share
-        self.latest = torch.empty(0)  # feature vectors (B, L, C) of the last batch, of all scales, from which codes start anew
+        self.latest = torch.empty(0)  # feature vectors (B, L, C) of the last part of a batch, of all scales, from which codes start anew
         self.continuous = round(config.continuous * config.steps)  # steps before codes take the place of features
         self.codes_learn = config.learns == "all"
         if not self.codes_learn:
