@@ -28,8 +28,8 @@ from flexvar.settings import Settings
 from flexvar.zoo import bundled_folder
 
 CLASSIFIER_ACCURACY = 0.97
-SAMPLES_OVER_REAL = 0.80  # class accuracy of samples over that of real renderings
-PSNR, CODES_IN_USE = 24.0, 0.8  # dB at the native scale; of all scales together
+SAMPLES_OVER_REAL = 0.90  # class accuracy of samples over that of real renderings
+PSNR, CODES_IN_USE = 27.0, 0.8  # dB at the native scale; of all scales together
 SECONDS = 1.5  # a picture
 FOLDER_MIB, FILE_MIB = 24.0, 16.0
 AT_ONCE = 48

@@ -53,7 +53,7 @@ def sizes_sheet(pipe: FlexVARPipeline, label: str) -> Image.Image:
 
 def steps_sheet(pipe: FlexVARPipeline, labels: list[str]) -> Image.Image:
     """The same seeds in four numbers of steps."""
-    numbers = (4, 6, 8, 10)
+    numbers = (6, 8, 10, 13)
     rows = [[enlarged(picture, zoom_of(pipe)) for picture in pipe(labels, num_inference_steps=steps, seed=3).images] for steps in numbers]
     return sheet(rows, [[f"{steps} steps"] for steps in numbers])
 

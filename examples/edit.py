@@ -27,7 +27,7 @@ def main() -> None:
         missing = Image.composite(Image.new("RGB", given.size, "grey"), given, mask)
         refined = pipe.refine(given, 0.5, label, seed=3).images[0]
         painted = pipe.inpaint(given, mask, label, seed=3).images[0]
-        wider = pipe.outpaint(given, label, left=width // 2, right=width // 2, seed=3).images[0]
+        wider = pipe.outpaint(given, label, right=width, seed=3).images[0]
         larger = pipe.upscale(given, 1.5, label, seed=3).images[0]
         shown = [given, refined, missing, painted, wider, larger]
         rows.append([enlarged(picture, zoom_of(pipe)) for picture in shown])

@@ -110,10 +110,13 @@ def test_the_bundled_model_keeps_its_promises() -> None:
 def test_the_bundled_model_was_trained_as_the_configs_say() -> None:
     """By these and nothing else; where its runs lay is all that may differ."""
     provenance = load(zoo.bundled_folder("emoji")).provenance
-    (coarse,) = provenance["earlier runs of the transformer"]
-    runs = {"tokenizer": provenance["tokenizer"], "coarse": coarse, "transformer": provenance["transformer"]}
+    chains = {"tokenizer": ("tokenizer", "decoder"), "transformer": ("coarse", "transformer", "large")}
+    runs = {}
+    for part, names in chains.items():
+        runs |= dict(zip(names, [*provenance[f"earlier runs of the {part}"], provenance[part]], strict=True))
+    assert set(runs) == {path.stem for path in Path("configs/emoji").glob("*.yaml")}
     for name, run in runs.items():
-        kind = TokenizerRun if name == "tokenizer" else TransformerRun
+        kind = TokenizerRun if name in chains["tokenizer"] else TransformerRun
         asked = OmegaConf.to_container(OmegaConf.structured(read_config(kind, f"configs/emoji/{name}.yaml")))
         assert run["trained"]["steps"] == asked["steps"]
         told = run["config"]
@@ -122,7 +125,8 @@ def test_the_bundled_model_was_trained_as_the_configs_say() -> None:
         known = told.keys() & asked.keys()  # settings come and go; those that a run did not know are as they were then
         assert {name: told[name] for name in known} == {name: asked[name] for name in known}
         assert len(known) >= 20
-    assert coarse["config"]["finest"] == 8
+    assert runs["coarse"]["config"]["finest"] == 8
+    assert runs["decoder"]["config"]["learns"] == "decoder"
 
 
 def test_bundling_takes_a_tokenizer_of_the_same_codes_alone(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import tarfile
 import warnings
@@ -21,9 +22,10 @@ from flexvar.data.shards import Sample, ShardSource, TarShards
 from flexvar.training.config import read_config
 from flexvar.training.order import Batch, Steps, picture_at, position_random
 from flexvar.training.pictures import batches_of, measured_batches
-from flexvar.training.settings import TokenizerRun
+from flexvar.training.settings import TokenizerRun, TransformerRun
 from flexvar.training.start import _same_classes
 from flexvar.training.stream import PICTURES_A_SHARD, Stream
+from flexvar.training.transformer import TransformerWorkshop
 from training_runs import assert_same_end, newest_state, reports, tokenizer_config, transformer_config
 
 
@@ -335,6 +337,14 @@ def test_fine_tuning_on_other_classes(tokenizer: Path, tmp_path: Path, capsys) -
     assert tuned.config.table_side == 12
     assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer, name="wider")), *words, "model.width=32"]) == 2
     assert "does not fit the config's model" in capsys.readouterr().err
+
+
+def test_what_is_told_of_another_transformer_is_left_out(tokenizer: Path, tmp_path: Path) -> None:
+    """Of the one that came with the tokenizer."""
+    config = read_config(TransformerRun, transformer_config(tmp_path, tokenizer))
+    told = {"tokenizer": 1, "transformer": 2, "earlier runs of the transformer": [3], "licence": "MIT"}
+    workshop = TransformerWorkshop(config, dataclasses.replace(load(tokenizer), provenance=told), ("a", "b"))
+    assert workshop.finished(workshop.network, {"steps": 4}).provenance == {"tokenizer": 1, "licence": "MIT", "transformer": {"steps": 4}}
 
 
 def test_a_transformer_begun_on_other_codes_is_told(tokenizer: Path, tmp_path: Path, capsys) -> None:

@@ -165,5 +165,6 @@ class TransformerWorkshop(Workshop):
     def finished(self, network: nn.Module, provenance: dict[str, Any]) -> Model:
         assert isinstance(network, Transformer)
         before = self.frozen[0]
-        provenance = {**before.provenance, "transformer": provenance}
+        told = {name: what for name, what in before.provenance.items() if "transformer" not in name}  # what is told of another one
+        provenance = {**told, "transformer": provenance}
         return Model(before.tokenizer, network, self.class_names, self._defaults(), provenance, aliases_of(self.class_names))
