@@ -57,7 +57,7 @@ def test_samples_beside_the_renderings_nearest_to_them(tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_completed_pictures_keep_their_class_and_hide_their_seam(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["editing", "--quick"])
+    monkeypatch.setattr(sys, "argv", ["editing", "--quick", "--side", "64"])
     assert editing.main() == 0
     said = capsys.readouterr().out
     assert "as it is" in said
@@ -67,7 +67,7 @@ def test_completed_pictures_keep_their_class_and_hide_their_seam(monkeypatch, ca
 @pytest.mark.slow
 def test_the_bundled_model_is_scored_beside_real_renderings(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("FLEXVAR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path), "--per-class", "2"])
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path), "--per-class", "2", "--side", "64"])
     evaluate.main()
     real, drawn = (json.loads((tmp_path / f"{name}.json").read_text())["scores"] for name in ("unseen renderings", "drawn by the model"))
     assert real["fid"] < drawn["fid"]
@@ -76,7 +76,7 @@ def test_the_bundled_model_is_scored_beside_real_renderings(tmp_path: Path, monk
 
 @pytest.mark.slow
 def test_the_price_of_8_bits_is_small(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--pictures", "48", "--scenes", "24"])
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--pictures", "48", "--scenes", "24", "--side", "64"])
     assert eight_bits.main() == 0
     likeliest, sampled, *_ = (line.split()[-1] for line in capsys.readouterr().out.splitlines())
     assert 95 < float(likeliest.strip("%")) < 100
