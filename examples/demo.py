@@ -55,7 +55,8 @@ def steps_sheet(pipe: FlexVARPipeline, labels: list[str]) -> Image.Image:
     """The same seeds in four numbers of steps."""
     numbers = (6, 8, 10, 13)
     rows = [[enlarged(picture, zoom_of(pipe)) for picture in pipe(labels, num_inference_steps=steps, seed=3).images] for steps in numbers]
-    return sheet(rows, [[f"{steps} steps"] for steps in numbers])
+    drawn = [len(pipe.settings.schedule_of(num_inference_steps=steps)) for steps in numbers]  # equal scales merge, so there may be fewer
+    return sheet(rows, [[f"{steps} steps"] for steps in drawn])
 
 
 def growing(pipe: FlexVARPipeline, label: str) -> list[Image.Image]:

@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SEEDS = 2**32
 """How many there are: torch's generator reads 32 bits of a seed, so that every other one would draw the same as one of these."""
 
-ELSEWHERE = {"generator": "seed", "num_images_per_prompt": "class_labels", "prompt": "class_labels", "cfg": "guidance_scale"}
+ELSEWHERE = {"generator": "seed", "prompt": "class_labels", "cfg": "guidance_scale"}
 """What users of other libraries may write, and our keyword for it."""
 
 
@@ -95,6 +95,6 @@ def refuse_unknown(called: str, keywords: Iterable[str], taken: Sequence[str]) -
     """TypeError, in one line with the closest name, for a keyword that is not taken."""
     for name in keywords:
         if name not in taken:
-            close = [ours for other, ours in ELSEWHERE.items() if name == other and ours in taken] or get_close_matches(name, taken, 1)
+            close = [ELSEWHERE[name]] if ELSEWHERE.get(name) in taken else get_close_matches(name, taken, 1)
             mend = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(taken)}"
             raise TypeError(f"{called}() takes no keyword {name!r}; {mend}")
