@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.emoji import AT_ONCE, THREADS, draw, shares
@@ -25,6 +24,7 @@ from flexvar.generation import draw_scales
 from flexvar.linear import to_int8
 from flexvar.sampling import choose
 from flexvar.settings import Settings
+from flexvar.training.losses import code_losses
 from flexvar.zoo import bundled_folder
 
 
@@ -83,7 +83,7 @@ def said(model: Model, scenes: Tensor, labels: Tensor, schedule: Schedule) -> tu
         list(generate(tokenizer, transformer, labels[part], schedule, keep=Keep(codes), seeds=seeds, draw=way, **settings))  # type: ignore[arg-type]
         logits = transformer(labels[part], tokenizer.inputs(codes, schedule), schedule)  # (B, L, V)
         targets = torch.cat([scale.flatten(1) for scale in codes], 1)  # (B, L)
-        losses += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").tolist()
+        losses += code_losses(logits, targets).flatten().tolist()
     return torch.cat(likeliest), torch.cat(sampled), sum(losses) / len(losses)
 
 

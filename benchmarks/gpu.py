@@ -19,11 +19,11 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,12 +34,11 @@ from benchmarks.rows import Bench, Rows, Table, figure, speed
 from benchmarks.training import Training, measure
 from flexvar import Keep, Schedule, Step, Tokenizer, TokenizerConfig, Transformer, TransformerConfig, generate
 from flexvar.accounting import Part, Plan, floor, plan
-from flexvar.attention import AttentionName
 from flexvar.compiled import Recorded, compiled
 from flexvar.generation import Draw, draw_scales
 from flexvar.linear import to_int8
 from flexvar.measuring import medians, time_drawing
-from flexvar.processes import forbid_tf32
+from flexvar.processes import forbid_cudnn_attention, forbid_tf32
 from flexvar.rates import device_name
 from flexvar.sampling import Sampling, choose
 
@@ -212,7 +211,7 @@ def generation(bench: Bench, words: Namespace) -> None:
     """Every way to draw, and where the time of the largest batch goes."""
     schedule, most = Schedule.for_size(words.size, words.size, words.steps, TOKENIZER.downsample), max(words.batches)
     ways: tuple[Way, ...] = ("plain", "fast", "int8")
-    for depth, way in product(words.depths, ways):
+    for way, depth in product(ways, words.depths):
         drawing = Drawing(partial(random_networks, depth, bench.device), way, bench.dtype)
         name = f"d{depth}, {words.size} px, {way}"
         for batch in words.batches:
@@ -293,13 +292,12 @@ def correct(bench: Bench, words: Namespace) -> None:
 # -- training --
 
 
-def transformer_rows(
-    bench: Bench, name: str, depth: int, batch: int, schedules: list[Schedule], way: AttentionName, recompute: bool
-) -> Rows:
-    """The trainer's step on cached features, once on each schedule, after a pass over them that compiles."""
+def transformer_rows(bench: Bench, name: str, depth: int, schedules: list[Schedule], setting: Mapping[str, Any], batch: int) -> Rows:
+    """The trainer's step on cached features: on half of the schedules, which compiles, then on the others, whose lengths are new."""
     torch.compiler.reset()
-    steps = Training(depth, batch, bench.device, bench.dtype, way, recompute)
-    first, then = measure(steps, schedules), measure(steps, schedules)
+    steps = Training(depth, batch, bench.device, bench.dtype, **setting)
+    middle = len(schedules) // 2
+    first, then = measure(steps, schedules[:middle]), measure(steps, schedules[middle:])
 
     def share() -> Rows:
         target = str(TRAINING_TARGETS[depth]) if depth in TRAINING_TARGETS and batch >= LARGE else "-"
@@ -307,10 +305,10 @@ def transformer_rows(
 
     bench.later(STEP_SHARES, name, share)
     seconds = [sum(first.seconds), *then.seconds]
-    return [(*speed(batch, then.tokens / len(schedules), seconds), bench.gibibytes(), *share()[0])]
+    return [(*speed(batch, then.tokens / len(then.seconds), seconds), bench.gibibytes(), *share()[0])]
 
 
-def tokenizer_rows(bench: Bench, batch: int, size: int, repeats: int, opposed: bool) -> Rows:
+def tokenizer_rows(bench: Bench, size: int, repeats: int, opposed: bool, batch: int) -> Rows:
     """Forward, backward and AdamW on random pictures, each rebuilt from five scales; every step has other scales."""
     from flexvar.training.optimiser import parameter_groups  # here, since they need Pillow and safetensors
     from flexvar.training.order import Batch
@@ -335,16 +333,25 @@ def tokenizer_rows(bench: Bench, batch: int, size: int, repeats: int, opposed: b
 
 
 def training(bench: Bench, words: Namespace) -> None:
-    """Steps of the tokenizer with and without its discriminator, and of the transformer in every way to attend."""
+    """Steps of the tokenizer with and without its discriminator, and of the transformer in every way to attend.
+
+    Each at the largest batch that fits, from `--training-batch` down.
+    """
+    forbid_cudnn_attention()  # as the trainer does
     grid, batch = words.size // TOKENIZER.downsample, words.training_batch
-    schedules = [Schedule.random("paper", random.Random(seed), grid, grid) for seed in range(words.repeats)]
+    schedules = [Schedule.random("paper", random.Random(seed), grid, grid) for seed in range(2 * words.repeats)]
     for name, opposed in (("without discriminator", False), ("with discriminator", True)):
-        bench.rows(TOKENIZER_STEP, name, partial(tokenizer_rows, bench, batch, words.size, words.repeats, opposed))
-    names = sorted(NAMES, key="flex".__eq__)  # last, since it compiles for longest
-    ways: list[tuple[AttentionName, bool]] = [("by-scale", True), *((name, False) for name in names)]
-    for (way, recompute), depth in product(ways, words.depths):
-        name = f"d{depth}, {way}{', recompute' if recompute else ''}"
-        bench.rows(TRANSFORMER, name, partial(transformer_rows, bench, name, depth, batch, schedules, way, recompute))
+        rows: Callable[[int], Rows] = partial(tokenizer_rows, bench, words.size, words.repeats, opposed)
+        bench.rows(TOKENIZER_STEP, name, partial(bench.halved, rows, batch))
+    ways: dict[str, dict[str, Any]] = {
+        "by-scale, compiled": {"attention": "by-scale", "compile": "inductor" if bench.on_gpu else "eager"},
+        "by-scale, recompute": {"attention": "by-scale", "recompute": True},
+        **{way: {"attention": way} for way in sorted(NAMES, key="flex".__eq__)},  # which compiles for longest
+    }
+    for (way, setting), depth in product(ways.items(), words.depths):
+        name = f"d{depth}, {way}"
+        rows = partial(transformer_rows, bench, name, depth, schedules, setting)
+        bench.rows(TRANSFORMER, name, partial(bench.halved, rows, batch))
 
 
 ITEMS: dict[str, Callable[[Bench, Namespace], None]] = {"correct": correct, "generation": generation, "training": training}
@@ -362,13 +369,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--depths", type=counts, default="16,24")
     parser.add_argument("--batches", type=counts, default="1,8,64,128", help="pictures drawn at the same time")
-    parser.add_argument(
-        "--training-batch", type=int, default=LARGE, help="steps that it does not fit are rows that say so (default: %(default)s)"
-    )
+    parser.add_argument("--training-batch", type=int, default=LARGE, help="halved until it fits (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="px")
     parser.add_argument("--steps", type=int, default=10, help="scales of a drawing")
     parser.add_argument("--repeats", type=int, default=5, help="behind one that warms up")
-    parser.add_argument("--limit", type=float, default=540, help="seconds after which no measurement begins")
+    parser.add_argument("--limit", type=float, default=450, help="seconds after which no measurement begins")
     parser.add_argument("--out", type=Path, help="a Markdown file, to which all is appended")
     words = parser.parse_args(arguments)
     if words.device.type == "cuda" and not torch.cuda.is_available():

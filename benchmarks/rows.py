@@ -64,13 +64,28 @@ class Bench:
             self.rows(*row)
 
     def _attempted(self, work: Callable[[], Rows]) -> Rows:
-        self.tidy()
         try:
+            self.tidy()  # which fails too where an earlier failure has left the device unusable
             return work()
         except Exception as error:  # whatever it is, the other measurements are still worth their time
             clear_frames(error.__traceback__)  # they hold the tensors of what failed
-            said = next(iter(str(error).splitlines()), "")
-            return [("out of memory" if is_out_of_memory(error) else f"failed: {type(error).__name__}: {said}"[:200],)]
+            errors: list[BaseException] = [error]
+            while (before := errors[-1].__context__) is not None:  # what ends a recording raises one of its own on top
+                errors.append(before)
+            said = " after ".join(f"{type(one).__name__}: {next(iter(str(one).splitlines()), '')}"[:200] for one in errors)
+            return [("out of memory" if any(map(is_out_of_memory, errors)) else f"failed: {said}",)]
+
+    def halved(self, work: Callable[[int], Rows], batch: int) -> Rows:
+        """What a measurement gives at the largest batch that fits: this one, its half, and so on."""
+        while True:
+            try:
+                return work(batch)
+            except Exception as error:
+                if batch == 1 or not is_out_of_memory(error):
+                    raise
+                clear_frames(error.__traceback__)
+            batch //= 2
+            self.tidy()
 
     def tidy(self) -> None:
         """Gives back the memory that nothing holds; the peak is of what comes from here on."""

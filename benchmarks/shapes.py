@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.emoji import Measure, draw, shares
@@ -25,6 +24,7 @@ from flexvar.data import Shapes
 from flexvar.evaluation import UNSEEN_SEED, Classifier, class_accuracy, renderings, train_classifier
 from flexvar.evaluation.reconstruction import quality_by_scale, use_of_all
 from flexvar.training.config import read_config
+from flexvar.training.losses import code_losses
 from flexvar.training.settings import TokenizerRun, TransformerRun
 from flexvar.training.start import start
 
@@ -58,7 +58,7 @@ def losses_by_scale(model: Model, codes: Sequence[Tensor], labels: Tensor) -> li
     inputs = model.tokenizer.inputs(codes, SCHEDULE)
     targets = torch.cat([scale.flatten(1) for scale in codes], 1)  # (N, L)
     logits = model.transformer(labels, inputs, SCHEDULE)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    losses = code_losses(logits, targets)
     return [losses[:, at].mean().item() for at in SCHEDULE.slices]
 
 

@@ -15,7 +15,6 @@ import copy
 import random
 import re
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from benchmarks.attention import NAMES
 from flexvar import Schedule, Tokenizer, TokenizerConfig
 from flexvar.accounting import training_flops
 from flexvar.attention import AttentionName
+from flexvar.measuring import peak_memory
 from flexvar.processes import keep_memory
 from flexvar.rates import device_name, matrix_rate, wait_for
 from flexvar.schedule import RandomPolicy
@@ -41,7 +41,10 @@ PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|baddbmm|linear|.*convolution.*|.*(fl
 class Training:
     """All that a run holds while it trains."""
 
-    def __init__(self, depth: int, batch: int, device: torch.device, dtype: torch.dtype, attention: AttentionName, recompute: bool) -> None:
+    def __init__(
+        self, depth: int, batch: int, device: torch.device, dtype: torch.dtype,
+        attention: AttentionName = "by-scale", recompute: bool = False, compile: str = "",
+    ) -> None:  # fmt: skip
         from flexvar.checkpoint import Model  # here, since these need Pillow and safetensors
         from flexvar.training.optimiser import parameter_groups
         from flexvar.training.settings import TransformerRun, TransformerShape
@@ -49,11 +52,13 @@ class Training:
 
         self.batch, self.device, self.dtype = batch, device, dtype
         shape = TransformerShape(depth=depth, positions="area", trained_grid=16)
-        run = TransformerRun(model=shape, attention=attention, recompute=recompute, drop_path=0.1 * depth / 24)
+        drop_path = 0.1 * depth / 24
+        run = TransformerRun(model=shape, attention=attention, recompute=recompute, compile=compile, drop_path=drop_path)
         tokenizer = Tokenizer(TokenizerConfig(channels=8)).requires_grad_(False)  # of which only the codebook is used
         self.workshop = TransformerWorkshop(run, Model(tokenizer), tuple(map(str, range(1000)))).to(device).train()
         self.config = self.workshop.transformer.config
         self.average = copy.deepcopy(self.workshop.network).requires_grad_(False)
+        self.workshop.speed_up()
         self.optimiser = torch.optim.AdamW(parameter_groups(self.workshop, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
         self.steps = 0
 
@@ -127,7 +132,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device_name(device)}, {words.dtype}, {words.threads} threads")
     print(f"depth {words.depth}, batch {words.batch}, attention {words.attention}{', recompute' if words.recompute else ''}", end="; ")
     print(f"random schedules of {', '.join(str(s.tokens) for s in others)} tokens")
-    print(f"matrix rate {before / 1e12:.3f} before, {after / 1e12:.3f} TFLOP/s after; peak memory {peak_memory(device)}")
+    print(f"matrix rate {before / 1e12:.3f} before, {after / 1e12:.3f} TFLOP/s after; peak memory {peak_memory(device):.1f} GiB")
     print(f"{'schedule':<20}{'step s':>8}   {'spread':<18}{'tokens/s':>11}{'TFLOP/s':>10}{'share':>8}")
     for name, one in measured.items():
         print(one.line(name, rate))
@@ -146,18 +151,6 @@ def measure(training: Training, schedules: Sequence[Schedule]) -> Measured:
         seconds.append(time.perf_counter() - began)
     flops = sum(training_flops(training.config, schedule, training.batch) for schedule in schedules)
     return Measured(tuple(seconds), training.batch * sum(schedule.tokens for schedule in schedules), flops)
-
-
-def peak_memory(device: torch.device) -> str:
-    """The most that was ever allocated: on CUDA of tensors, on a CPU of the process, where the system tells."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
-    if device.type != "cpu" or sys.platform == "win32":
-        return "unknown"
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{most / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"  # bytes on macOS, KiB elsewhere
 
 
 def print_profile(training: Training, schedule: Schedule) -> None:

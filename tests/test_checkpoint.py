@@ -5,7 +5,7 @@ import dataclasses
 import errno
 import json
 import shutil
-from functools import partial, reduce
+from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -153,15 +153,18 @@ def test_parts_that_do_not_belong_together_are_not_written(model: Model, tmp_pat
 
 
 @pytest.mark.usefixtures("avx512")
-@pytest.mark.parametrize("make_faster", [to_int8, partial(compiled, None)])
+@pytest.mark.parametrize("make_faster", [lambda tokenizer, transformer: to_int8(transformer), compiled])
 def test_a_model_made_faster_does_not_take_the_place_of_a_good_one(model: Model, tmp_path: Path, make_faster) -> None:
     save(model, tmp_path)
-    faster = dataclasses.replace(model, transformer=copy.deepcopy(model.transformer))
-    make_faster(faster.transformer)
+    faster = dataclasses.replace(model, tokenizer=copy.deepcopy(model.tokenizer), transformer=copy.deepcopy(model.transformer))
+    make_faster(faster.tokenizer, faster.transformer)
     with pytest.raises(ValueError, match=r"made faster \(.*\) stays where it is and is not saved; load it again from its folder$"):
         save(faster, tmp_path, overwrite=True)
     assert load(tmp_path).transformer is not None
-    save(Model(faster.tokenizer), tmp_path / "tokenizer")  # which is as it was
+    save(Model(faster.tokenizer), tmp_path / "tokenizer")
+    saved, before = (load(folder).tokenizer.state_dict() for folder in (tmp_path / "tokenizer", tmp_path))
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], before[name]) for name in before)
 
 
 def damage_config(folder: Path) -> None:

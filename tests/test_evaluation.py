@@ -410,7 +410,7 @@ def test_a_broken_model_is_told(model: Path, folder: Path, tmp_path: Path) -> No
         DrawnPictures(pipe, str(model), 3)
     with torch.no_grad():  # finite weights, whose pictures overflow
         pipe.tokenizer.after_codes.bias.fill_(1e38)
-    with pytest.raises(ValueError, match="drew pictures that are not finite"):
+    with pytest.raises(ValueError, match="drew numbers that are not finite"):
         evaluate(DrawnPictures(pipe, str(model), 3), folder, load_extractor("classifier"), tmp_path / "scores.json")
 
 

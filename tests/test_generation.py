@@ -56,6 +56,15 @@ def test_pictures_are_decoded_only_when_asked_for(small_tokenizer: Tokenizer, sm
     assert decoded == [(1, 1, 2)]
 
 
+def test_numbers_that_are_not_finite_give_no_picture(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    broken = copy.deepcopy(small_transformer)
+    broken.blocks[1].mlp.fall.bias[3] = torch.inf
+    *_, last = generate(small_tokenizer, broken, [0, 5], SCHEDULE, seeds=[1, 2])
+    assert 0 <= last.codes.min() <= last.codes.max() < 48  # these alone would be decoded
+    with pytest.raises(ValueError, match="not finite; check its weights, or draw in float32"):
+        _ = last.images
+
+
 @settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_a_picture_depends_on_its_own_seed_and_label_alone(data, small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:

@@ -93,7 +93,7 @@ def test_generation_is_timed_in_every_way(tmp_path: Path, capsys) -> None:
 @pytest.mark.slow
 def test_training_is_timed_in_every_way_that_the_device_has(tmp_path: Path) -> None:
     tables = measured("training", "--out", str(tmp_path / "out.md"))
-    ways = ["by-scale, recompute", "by-scale", "mask", "padded", "flex"]
+    ways = ["by-scale, compiled", "by-scale, recompute", "by-scale", "mask", "padded", "flex"]
     rows = dict(zip(ways, tables[gpu.TRANSFORMER[0]], strict=True))
     assert [row[0] for row in rows.values()] == [f"d1, {way}" for way in ways]
     assert rows.pop("flex")[1].startswith("failed: ValueError: attention 'flex' gives no gradients on cpu")
@@ -201,6 +201,29 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path: Path, monkeypatch) -
     assert_positive(plain[1:4])
     assert fast[1:] == ["failed: TypeError: no such / kernel", *["-"] * (len(plain) - 2)]
     assert int8[1] == "out of memory"
+
+
+def test_a_failure_within_another_is_told_and_a_batch_is_halved_until_it_fits() -> None:
+    bench = gpu.Bench(torch.device("cpu"), None, 100, 64)
+
+    def capture_fails() -> None:
+        try:
+            raise ValueError("the cause")
+        finally:
+            raise RuntimeError("capture ended\nmore")
+
+    assert bench._attempted(capture_fails) == [("failed: RuntimeError: capture ended after ValueError: the cause",)]
+    tried = []
+
+    def fits_three(batch: int) -> list[tuple[str, ...]]:
+        tried.append(batch)
+        if batch > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [(str(batch),)]
+
+    assert bench.halved(fits_three, 16) == [("2",)]
+    assert tried == [16, 8, 4, 2]
+    assert bench._attempted(partial(bench.halved, lambda batch: fits_three(batch + 3), 2)) == [("out of memory",)]
 
 
 def test_nothing_begins_when_the_time_is_up(tmp_path: Path) -> None:

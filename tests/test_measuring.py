@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from benchmarks import speed
 from flexvar import Schedule, Tokenizer, Transformer, rates
 from flexvar.accounting import Plan, Seconds, floor, plan
 from flexvar.linear import Int8Linear
-from flexvar.measuring import Clock, Measured, measure_drawing, medians, random_networks, time_drawing
+from flexvar.measuring import Clock, Measured, measure_drawing, medians, peak_memory, random_networks, time_drawing
 from flexvar.rates import Rates
 from flexvar.sampling import choose
 
@@ -119,6 +120,16 @@ def test_what_was_not_drawn_has_a_floor_all_the_same(cost: Plan) -> None:
 def test_medians_are_of_each_part() -> None:
     drawn = [Seconds(n, (n, 10 - n), 2 * n, 3 * n, 4 * n) for n in (1, 5, 3)]
     assert medians(drawn) == Seconds(3, (3, 7), 6, 9, 12)
+
+
+def test_peak_memory_takes_in_what_was_held() -> None:
+    before = peak_memory(CPU)
+    assert 0.05 < before < 100  # GiB; torch alone takes some 0.2
+    size = int((before + 0.1) * 2**30)
+    held = torch.ones(size // 4)
+    assert before + 0.05 < peak_memory(CPU) < before + 0.2 + size / 2**30
+    assert held.sum() > 0
+    assert math.isnan(peak_memory(torch.device("meta")))
 
 
 def test_the_benchmark_and_the_command_have_one_account(cost: Plan, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -49,5 +49,5 @@ def test_the_table_is_the_formula() -> None:
         config = TransformerConfig(depth=int(depth))
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
-        pictures = [working(config, tokens, recompute) for recompute in (False, True) for tokens in (927, 1357)]
+        pictures = [working(config, tokens, recompute) for recompute in (False, True) for tokens in (930, 1357)]
         assert [float(text) for text in said] == pytest.approx([size / 1e9 for size in (MODEL * parameters, *pictures)], rel=0.02)

@@ -1,6 +1,7 @@
 """Faster ways to run the loop over scales, chosen by `pipe.compile()`: the same pictures up to rounding.
 
-CPU: the C library keeps the memory of one picture for the next; in float32, with AVX-512, the blocks' weights are laid out for oneDNN.
+CPU: the C library keeps the memory of one picture for the next; in float32 the decoder doubles resolutions by transposed convolutions, and
+with AVX-512 the blocks' weights are laid out for oneDNN.
 CUDA: each half of a block and the decoder become few kernels (torch.compile), codes are chosen by one Triton kernel, and all scales with
 the decoding are recorded once as a CUDA graph: nothing is launched or waited for between scales.
 """
@@ -20,11 +21,13 @@ from torch.compiler import config as compiler
 from torch.fx.experimental import _config as shapes
 
 from flexvar.generation import Choose, Draw, Request, Step, draw_scales
-from flexvar.linear import can_pack, pack
+from flexvar.linear import FastAttention, can_pack, pack, plain_linear
+from flexvar.memory import is_out_of_memory
 from flexvar.processes import keep_memory
 from flexvar.sampling import Guidance, Sampling
 from flexvar.schedule import Schedule
 from flexvar.tokenizer import Tokenizer
+from flexvar.tokenizer.networks import Upsample
 from flexvar.transformer import Transformer
 
 MOST_RECORDINGS = 4
@@ -57,6 +60,8 @@ def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     draw: Draw = draw_scales
     if device == "cpu":
         keep_memory()
+        if transformer.head.weight.dtype == torch.float32:
+            fold_upsampling(tokenizer)
         if can_pack(transformer):
             pack(transformer)
             transformer.made_faster |= {"compiled"}
@@ -73,9 +78,18 @@ def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     return draw
 
 
+def fold_upsampling(tokenizer: Tokenizer) -> None:
+    """Has the decoder double resolutions in one step each (`Upsample.fold`); what is saved stays the same."""
+    for module in tokenizer.decoder.modules():
+        if isinstance(module, Upsample):
+            module.fold()
+
+
 def fuse(transformer: Transformer) -> None:
     """Lets torch.compile join what stands between the large products; it compiles when it first draws, once for all blocks."""
     for block in transformer.layers:
+        if not isinstance(block.attention, FastAttention):
+            block.attention = FastAttention(block.attention, plain_linear)  # whose bias is joined once, not at every call
         block.before = torch.compile(block.before, dynamic=True)  # type: ignore[method-assign]
         block.after = torch.compile(block.after, dynamic=True)  # type: ignore[method-assign]
 
@@ -101,7 +115,7 @@ def cuda_graph(work: Work) -> tuple[list[Tensor], Callable[[], None]]:
 
 @dataclass
 class Recording:
-    """One drawing as it was recorded: it reads `labels` and `numbers` and fills the codes of every scale and, last, the pictures."""
+    """One drawing as it was recorded: reads `labels` and `numbers`, fills codes of every scale, the last step's total and the pictures."""
 
     labels: Tensor  # (B,)
     numbers: Tensor  # (B, L)
@@ -109,7 +123,7 @@ class Recording:
     replay: Callable[[], None]
 
     def run(self, labels: Tensor, numbers: Tensor) -> list[Tensor]:
-        """Codes and pictures of at most B labels; the other places of the batch draw what they drew before."""
+        """Codes, total and pictures of at most B labels; the other places of the batch draw what they drew before."""
         count = len(labels)
         self.labels[:count] = labels
         self.numbers[:count] = numbers
@@ -145,10 +159,10 @@ class Recorded:
             for step in self.making_room(lambda: list(draw_scales(tokenizer, transformer, request, self.choose))):
                 yield replace(step, decode=decode)
             return
-        *codes, images = self.making_room(lambda: self._drawn(tokenizer, transformer, request))
+        *codes, total, images = self.making_room(lambda: self._drawn(tokenizer, transformer, request))
         for k, size in enumerate(request.schedule):
             last = k == len(request.schedule) - 1
-            yield Step(k, size, codes[k], (lambda given: images if given is codes[-1] else decode(given)) if last else decode)
+            yield Step(k, size, codes[k], (lambda given: images if given is codes[-1] else decode(given)) if last else decode, total)
 
     def recorded_batch(self, schedule: Schedule, guidance: Guidance, sampling: Sampling) -> int:
         """The largest batch of these settings that is recorded, and so has its memory already; 0 if none is."""
@@ -156,7 +170,7 @@ class Recorded:
             return max((key[3] for key in self.recordings if key[:3] == (schedule, guidance, sampling)), default=0)
 
     def _drawn(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> list[Tensor]:
-        """The codes of every scale and, last, the pictures."""
+        """The codes of every scale, the last step's `total` and the pictures."""
         device = request.numbers.device
         with self.turn, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             recording = self._recording(tokenizer, transformer, request)
@@ -185,8 +199,8 @@ class Recorded:
         with shapes.patch(use_duck_shape=False), compiler.patch(recompile_limit=MOST_COMPILATIONS):  # type: ignore[attr-defined]
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                if not self.recordings:
+            except Exception as error:
+                if not self.recordings or not is_out_of_memory(error):
                     raise
             self._clear()  # out here the error, which holds the tensors of what failed, is gone
             return work()
@@ -205,7 +219,7 @@ class Recorded:
             own = replace(request, labels=request.labels.clone(), numbers=request.numbers.clone())
 
             def work() -> list[Tensor]:
-                codes = [step.codes for step in draw_scales(tokenizer, transformer, own, self.choose)]
-                return [*codes, self.decode(codes[-1])]
+                steps = list(draw_scales(tokenizer, transformer, own, self.choose))
+                return [*(step.codes for step in steps), steps[-1].total, self.decode(steps[-1].codes)]
 
             return Recording(own.labels, own.numbers, *self.record(work))

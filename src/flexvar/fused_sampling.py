@@ -78,7 +78,7 @@ def _choose_row(logits, numbers, codes, V, top_k, top_p, temperature, LIMITED: t
     largest = tl.max(keys)
 
     # Top-k: the largest key that at least k candidates reach. Of those that equal it, so many stay that k are kept.
-    low, high = tl.min(keys), largest
+    low, high = tl.min(tl.where(inside, keys, largest)), largest
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
         enough = tl.sum((inside & (keys >= middle)).to(tl.int32)) >= top_k

@@ -27,12 +27,19 @@ class Step:
     size: Size  # (h, w)
     codes: Tensor  # (B, h, w), int64
     decode: Callable[[Tensor], Tensor] = field(repr=False)  # the tokenizer's
+    total: Tensor = field(repr=False)  # (B,), of all that the head has read up to here: finite if all of that was
 
     @cached_property
     def images(self) -> Tensor:
-        """The scale as pictures (B, 3, h·f, w·f), about [-1, 1], not clamped; decoded when first asked for."""
+        """The scale as pictures (B, 3, h·f, w·f), about [-1, 1], not clamped; decoded when first asked for.
+
+        Raises ValueError where a number on the way to them was not finite: codes are chosen from any, and such a picture may look fine.
+        """
         with torch.no_grad():
-            return self.decode(self.codes)
+            images = self.decode(self.codes)
+            if not (self.total.isfinite().all() and images.isfinite().all()):
+                raise ValueError("the model drew numbers that are not finite; check its weights, or draw in float32 or bfloat16")
+            return images
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ def draw_scales(tokenizer: Tokenizer, transformer: Transformer, request: Request
     conditions = [transformer.condition(batch) for batch in batches]
     caches = [transformer.new_cache(len(batch), schedule) for batch in batches]
 
-    codes = torch.empty(0)
+    codes, total = torch.empty(0), torch.zeros(len(labels), device=labels.device)
     for k, (size, at) in enumerate(zip(schedule, schedule.slices, strict=True)):
         if guided and k == guided:  # from here on nothing is drawn without the class
             conditions, caches = [conditions[0].only(len(labels))], [caches[0].only(len(labels))]
@@ -181,13 +188,14 @@ def draw_scales(tokenizer: Tokenizer, transformer: Transformer, request: Request
             # The head is linear and the weights sum to 1, so guiding what it reads is guiding its logits, at half the work.
             with_class, without = hidden.float().chunk(2)
             hidden = torch.lerp(without, with_class, weights[k]).to(hidden.dtype)  # (B, n, D)
+        total = total + hidden.sum((1, 2), dtype=torch.float32)
         if k == len(schedule) - 1:
             del caches, embedded  # decoding gets their memory
         drawn = choose(full_logits(transformer.head, hidden), request.numbers[:, at], request.sampling, greedy[k])  # (B, n)
         codes = drawn.unflatten(1, size)  # (B, h, w)
         if keep is not None:
             codes = keep.apply(k, codes)
-        yield Step(k, size, codes, tokenizer.decode)
+        yield Step(k, size, codes, tokenizer.decode, total)
 
 
 def full_logits(head: nn.Linear, hidden: Tensor) -> Tensor:

@@ -64,6 +64,13 @@ class FastMLP(MLP):
         return fallen  # (B, n, D)
 
 
+def plain_linear(weight: Tensor, bias: Tensor, *, gelu: bool = False) -> nn.Module:
+    """A MakeLinear: the layer itself."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight, layer.bias = (nn.Parameter(tensor.detach(), requires_grad=False) for tensor in (weight, bias))
+    return nn.Sequential(layer, nn.GELU("tanh")) if gelu else layer
+
+
 def exchange_layers(transformer: Transformer, make: MakeLinear) -> None:
     """Replaces the linear layers of all blocks, in place and for good."""
     for block in transformer.layers:

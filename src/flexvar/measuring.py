@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -152,6 +154,18 @@ class Clock:
         wait_for(self.device)
         pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
         return [before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before for before, after in pairs]
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most GiB that there were at the same time: on CUDA of tensors, on a CPU of the whole process; NaN where no system tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type != "cpu" or sys.platform == "win32":
+        return math.nan
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
 
 
 def medians(drawn: Sequence[Seconds]) -> Seconds:

@@ -22,8 +22,13 @@ from flexvar.schedule import Schedule, Size
 from flexvar.tokenizer import TokenizerConfig
 from flexvar.transformer import TransformerConfig
 
-OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|alloc_failed|overflowed|overflow when unpacking", re.IGNORECASE)
-"""How torch says, on one device or another, that it has no room for a tensor; the last two mean one that no machine could hold."""
+OUT_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|allocate memory|alloc_failed|allocation_failed"
+    "|unable to find an engine"  # cuDNN, where none of its convolutions fits
+    "|overflowed|overflow when unpacking",  # a tensor that no machine could hold
+    re.IGNORECASE,
+)
+"""How torch says, on one device or another, that it has no room for a tensor."""
 
 SHARE_TO_FILL = 0.6
 """Of the free memory, where we choose the batch: others need some too, a CPU's libraries take more than is planned, and Linux kills."""

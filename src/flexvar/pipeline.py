@@ -24,10 +24,11 @@ from flexvar.generation import Draw, Keep, Step, draw_scales, generate, needed_g
 from flexvar.labels import Label
 from flexvar.memory import MemoryNeed, in_parts, refuse_results, room_for
 from flexvar.models import model_folder, released_model, write_released
+from flexvar.processes import without_tf32
 from flexvar.sampling import Guidance, Sampling
 from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.settings import DrawingSettings, MaskedEditSettings, OutpaintSettings, Settings, SizedEditSettings
-from flexvar.sheet import Images, OutputType, as_output, check_output_type, to_pil
+from flexvar.sheet import Images, OutputType, as_output, check_output_type, output_ready, to_pil
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
 from flexvar.zoo import upload_folder
@@ -180,7 +181,10 @@ class FlexVARPipeline:
         at_once = None if batch_size is None else whole_number(batch_size, "batch_size", "give an integer of at least 1", least=1)
 
         def drawn(part: slice) -> Tensor:
-            return self._finished(indices[part], seeds[part], None if edit is None else edit.part(part), grids, guidance, sampling)
+            """On the CPU; the steps before the last are gone then."""
+            own = None if edit is None else edit.part(part)
+            *_, last = self._steps(indices[part], seeds[part], own, grids, guidance, sampling)
+            return output_ready(last.images, output_type)
 
         ready = self._draw.recorded_batch(grids, guidance, sampling) if isinstance(self._draw, Recorded) and edit is None else 0
         images = in_parts(self._need(grids, len(indices), guidance, edit), drawn, at_once, ready)
@@ -232,11 +236,6 @@ class FlexVARPipeline:
                 lambda: generate(*networks, indices, grids, guidance=guidance, sampling=sampling, keep=keep, seeds=seeds, draw=self._draw)
             )
         return _watched(steps, need, edit, len(grids))
-
-    def _finished(self, *what: Any) -> Tensor:
-        """The pictures of the last step, on the CPU; the other steps are gone then."""
-        *_, last = self._steps(*what)
-        return last.images.cpu().float()
 
     def _making_room(self, work: Callable[[], T]) -> T:
         """What the work gives; recorded drawings, where there are any, give way to it when memory runs out."""
@@ -309,6 +308,7 @@ class FlexVARPipeline:
         kept = schedule.sizes[: edit.kept(schedule)]
         return edit.keep(self._codes(edit.canvas, kept) if kept else [])
 
+    @without_tf32()
     def _codes(self, pictures: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
         """The codes (P, h, w) of pictures (P, 3, H, W) in [-1, 1], at each of the scales."""
         return self.tokenizer.codes(self.tokenizer.features(pictures.to(self.tokenizer.after_codes.weight)), sizes)
@@ -338,7 +338,7 @@ class FlexVARPipeline:
             with (fitting := replace(need, batch=len(pixels[part]))):
                 fitting.refuse_what_cannot_fit()
                 (codes,) = self._making_room(lambda: self._codes(pixels[part] / 127.5 - 1, [grid]))
-                return self._making_room(lambda: self.tokenizer.decode(codes)).cpu().float()
+                return output_ready(self._making_room(lambda: self.tokenizer.decode(codes)), output_type)
 
         return FlexVAROutput(as_output(in_parts(need, rebuilt), output_type), [], [])
 

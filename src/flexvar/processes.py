@@ -74,6 +74,11 @@ def _of_the_others(error: RuntimeError) -> str:
     return f"process {rank} of {world} (from 0) {what}; it was at {at}: {said[:200]}"
 
 
+def forbid_cudnn_attention() -> None:
+    """Attention by other kernels: cuDNN plans anew for each set of lengths and strides, and random schedules hardly ever repeat one."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def forbid_tf32() -> None:
     """No TensorFloat-32, which torch allows convolutions by default: features and codes would be those of rounded pictures."""
     torch.backends.cudnn.allow_tf32 = False

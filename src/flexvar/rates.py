@@ -18,6 +18,9 @@ SECONDS_A_RATE = 0.5
 SECONDS_AT_MOST = 1.0
 """After so many the largest product is not measured again."""
 
+LAUNCHES = 8
+"""Pieces of work between two waits for a GPU: a wait takes as long as a small part of one."""
+
 MEMORY_TAKEN = 2**30
 """Bytes that are enough to measure the rates on a CPU."""
 
@@ -112,14 +115,16 @@ def _memory_rate(device: torch.device) -> float:
 def _rate(device: torch.device, work: Callable[[], Tensor], amount: int) -> float:
     """How much of a piece of work is done in a second: the median over runs that fill half of one."""
     work()
+    times = 1 if device.type == "cpu" else LAUNCHES
     seconds: list[float] = []
     while sum(seconds) < SECONDS_A_RATE or len(seconds) < 3:
         wait_for(device)
         began = time.perf_counter()
-        work()
+        for _ in range(times):
+            work()
         wait_for(device)
         seconds.append(time.perf_counter() - began)
-    return amount / statistics.median(seconds)
+    return amount * times / statistics.median(seconds)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -20,12 +20,12 @@ CAPTION = 14  # px
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in about [-1, 1] as uint8 from 0 to 255; what lies outside is cut off."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    """Pictures (B, 3, H, W) in about [-1, 1] as uint8 from 0 to 255; what lies outside is cut off. Given uint8 stays."""
+    return images if images.dtype == torch.uint8 else ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """PIL pictures of (B, 3, H, W) in about [-1, 1]; what lies outside is cut off."""
+    """PIL pictures of (B, 3, H, W) in about [-1, 1], whose outside is cut off, or uint8."""
     return [Image.fromarray(picture) for picture in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
 
 
@@ -35,8 +35,13 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type is {output_type!r}; give 'pil', 'np' or 'pt'")
 
 
+def output_ready(images: Tensor, output_type: OutputType) -> Tensor:
+    """Pictures (B, 3, H, W) in about [-1, 1] on the CPU; where bytes are wanted they are made before that, as a GPU's way there is long."""
+    return (to_uint8(images) if output_type == "pil" else images.float()).cpu()
+
+
 def as_output(images: Tensor, output_type: OutputType) -> Images:
-    """Pictures (B, 3, H, W) in about [-1, 1] as a call gives them."""
+    """Pictures of `output_ready` as a call gives them."""
     if output_type == "pil":
         return to_pil(images)
     scaled = (images.clamp(-1, 1) + 1) / 2

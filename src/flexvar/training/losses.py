@@ -1,5 +1,5 @@
-"""The terms of the tokenizer's loss that are formulas: how a gradient passes the codes, how codes are drawn together with features, how a
-picture is reduced to a scale."""
+"""What is a formula in the losses. Of the tokenizer: how a gradient passes the codes, how codes are drawn together with features, how a
+picture is reduced to a scale. Of the transformer: what each code costs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from flexvar.position import area_averaged
 
 FEATURES_AT_ONCE = 4096
 """Features of a batch that the entropy term looks at; it holds a probability for each of them and each code."""
+
+
+def code_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each code (B, L), in nats: logits (B, L, V), and the codes (B, L) that they should say."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def past_codes(features: Tensor, codes: Tensor, gradient: Literal["straight-through", "rotation"]) -> Tensor:

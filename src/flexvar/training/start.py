@@ -12,7 +12,7 @@ import torch
 from flexvar.checkpoint import TOKENIZER, load
 from flexvar.data import FeatureCache, PictureSource
 from flexvar.models import model_folder
-from flexvar.processes import forbid_tf32, keep_memory, pick_device, processes
+from flexvar.processes import forbid_cudnn_attention, forbid_tf32, keep_memory, pick_device, processes
 from flexvar.training.initial import begin_from, check_codes
 from flexvar.training.loop import Data, train
 from flexvar.training.pictures import batches_of, examples, measured_batches, open_source, reading_processes
@@ -33,6 +33,7 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
     """
     device = pick_device(exchanging=True)
     forbid_tf32()
+    forbid_cudnn_attention()
     if device.type == "cpu":
         keep_memory()
     folder = RunFolder(Path(config.run), config.keep)

@@ -6,7 +6,6 @@ import math
 from typing import Any, BinaryIO
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexvar.accounting import training_flops
@@ -16,6 +15,7 @@ from flexvar.generation import generate
 from flexvar.sampling import Guidance, Sampling
 from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.sheet import sheet, to_pil
+from flexvar.training.losses import code_losses
 from flexvar.training.meter import Figures, Meter, Work, nested
 from flexvar.training.order import LABEL, PATHS, Batch, position_random, step_random
 from flexvar.training.settings import TransformerRun, demand_grids
@@ -58,6 +58,7 @@ class TransformerWorkshop(Workshop):
             return
         if backend not in torch.compiler.list_backends(exclude_tags=()):
             raise ValueError(f"compile is {backend!r}; it must be one of {', '.join(torch.compiler.list_backends())}")
+        torch._dynamo.config.optimize_ddp = False  # it would cut the halves, which are small enough, where gradients are exchanged
         for block in self.transformer.layers:
             for half in ("before", "after"):
                 setattr(block, half, torch.compile(getattr(block, half), backend=backend, dynamic=True))
@@ -76,7 +77,7 @@ class TransformerWorkshop(Workshop):
         targets = torch.cat([scale.flatten(1) for scale in codes], 1)  # (B, L)
         recompute = config.recompute and network.training
         logits = network(labels, inputs, schedule, paths=paths, attention=config.attention, recompute=recompute)  # (B, L, V)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)  # (B, L)
+        losses = code_losses(logits, targets)  # (B, L)
         right = (logits.detach().argmax(-1) == targets).float()
         of_guessing = losses.new_full((), math.log(logits.shape[-1]))  # what an untrained model has
         figures = {"loss": losses.mean().detach(), "loss_of_guessing": of_guessing, "accuracy": right.mean()}
