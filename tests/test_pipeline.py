@@ -111,6 +111,7 @@ def test_far_beyond_the_trained_size_is_said(pipe: FlexVARPipeline) -> None:
     ("label", "words"),
     [
         ("piza", "did you mean 'pizza'"),
+        ("slice of pizza", "did you mean 'pizza'"),
         ("face", "'cat face'"),
         ("xyzzy", "flexvar info"),
         (6, "0 to 4"),

@@ -49,8 +49,9 @@ def index_of(label: Label, names: Sequence[str], null_class: int, aliases: Mappi
         if label.casefold() in by_name:
             return by_name[label.casefold()]
         if not label.isdecimal():
-            inside = [name for name in by_name if label and label.casefold() in name]
-            close = difflib.get_close_matches(label.casefold(), by_name, 3, 0.6) or inside[:3]
+            asked = label.casefold()
+            inside = [name for name in by_name if asked and (asked in name or f" {name} " in f" {asked} ")]
+            close = difflib.get_close_matches(asked, by_name, 3, 0.6) or inside[:3]
             nearest = dict.fromkeys(names[by_name[name]] for name in close)
             hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else "`flexvar info MODEL` lists the classes"
             raise ValueError(f"there is no class {label!r}; {hint}")

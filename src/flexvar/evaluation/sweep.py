@@ -138,6 +138,7 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
     speed = ("num_inference_steps", "schedule")
@@ -151,6 +152,9 @@ def plot(trials: Sequence[Trial], path: Path) -> None:
             axis.annotate(str(trial.scales), (trial.seconds, trial.fid), xytext=(5, 5), textcoords="offset points", fontsize=9)
     axis.set_title("at each point the number of scales", fontsize=10)
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("seconds a picture")
     axis.set_ylabel("FID and its 95 % interval (lower is better)")
     axis.grid(alpha=0.3)
