@@ -73,7 +73,7 @@ class Bench:
             while (before := errors[-1].__context__) is not None:  # what ends a recording raises one of its own on top
                 errors.append(before)
             said = " after ".join(f"{type(one).__name__}: {next(iter(str(one).splitlines()), '')}"[:200] for one in errors)
-            return [("out of memory" if any(map(is_out_of_memory, errors)) else f"failed: {said}",)]
+            return [("out of memory" if is_out_of_memory(error) else f"failed: {said}",)]
 
     def halved(self, work: Callable[[int], Rows], batch: int) -> Rows:
         """What a measurement gives at the largest batch that fits: this one, its half, and so on."""

@@ -30,7 +30,7 @@ from flexvar import Schedule, Tokenizer, TokenizerConfig
 from flexvar.accounting import training_flops
 from flexvar.attention import AttentionName
 from flexvar.measuring import peak_memory
-from flexvar.processes import keep_memory
+from flexvar.processes import forbid_cudnn_attention, forbid_tf32, keep_memory
 from flexvar.rates import device_name, matrix_rate, wait_for
 from flexvar.schedule import RandomPolicy
 
@@ -120,6 +120,8 @@ def main() -> None:
     torch.set_num_threads(words.threads)
     torch.manual_seed(0)
     device, dtype = torch.device(words.device), getattr(torch, words.dtype)
+    forbid_tf32()
+    forbid_cudnn_attention()
 
     schedule = Schedule.of(words.schedule)
     others = [Schedule.random(words.policy, random.Random(seed), *schedule[-1]) for seed in range(words.steps)]

@@ -26,10 +26,10 @@ in_every_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.bflo
 @pytest.fixture(autouse=True)
 def exact_float32() -> Iterator[None]:
     """No TensorFloat-32, which torch allows in convolutions: float32 is to be compared with float32."""
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    convolutions = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     yield
-    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.backends.cudnn.conv.fp32_precision = convolutions
 
 
 @pytest.fixture(scope="module")

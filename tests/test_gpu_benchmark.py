@@ -29,9 +29,10 @@ def small(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(gpu, "TOKENIZER", tokenizer)
     monkeypatch.setattr(gpu, "COMPARED", 3)
     monkeypatch.setattr(rates, "SECONDS_A_RATE", 0.0)
-    convolutions = torch.backends.cudnn.allow_tf32
+    convolutions, attention = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.cudnn_sdp_enabled()
     yield
-    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.backends.cudnn.conv.fp32_precision = convolutions
+    torch.backends.cuda.enable_cudnn_sdp(attention)
 
 
 def measured(item: str, *words: str) -> dict[str, list[list[str]]]:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from flexvar import processes
-from flexvar.processes import pick_device
+from flexvar.processes import pick_device, without_tf32
 
 
 def test_more_processes_than_gpus(monkeypatch) -> None:
@@ -56,3 +56,19 @@ def test_a_process_that_fails_does_not_wait_for_the_others(device: str, left: li
     with pytest.raises(OSError, match="disk"), processes.processes(torch.device(device)):
         raise OSError("the disk is full")
     assert ended == left
+
+
+def test_rounded_convolutions_come_back_when_the_last_thread_is_done() -> None:
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "tf32"
+    try:
+        one, other = without_tf32(), without_tf32()
+        one.__enter__()
+        other.__enter__()  # by another thread, say, which is done later
+        one.__exit__(None, None, None)
+        assert convolutions.fp32_precision == "ieee"
+        other.__exit__(None, None, None)
+        assert convolutions.fp32_precision == "tf32"
+    finally:
+        convolutions.fp32_precision = before

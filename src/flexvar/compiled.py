@@ -61,9 +61,9 @@ def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     if device == "cpu":
         keep_memory()
         if transformer.head.weight.dtype == torch.float32:
+            if can_pack(transformer):
+                pack(transformer)
             fold_upsampling(tokenizer)
-        if can_pack(transformer):
-            pack(transformer)
             transformer.made_faster |= {"compiled"}
     elif device == "cuda":
         if find_spec("triton") is None:
@@ -115,7 +115,7 @@ def cuda_graph(work: Work) -> tuple[list[Tensor], Callable[[], None]]:
 
 @dataclass
 class Recording:
-    """One drawing as it was recorded: reads `labels` and `numbers`, fills codes of every scale, the last step's total and the pictures."""
+    """One drawing as it was recorded: it reads `labels` and `numbers` and fills the codes of every scale, their totals and the pictures."""
 
     labels: Tensor  # (B,)
     numbers: Tensor  # (B, L)
@@ -123,7 +123,7 @@ class Recording:
     replay: Callable[[], None]
 
     def run(self, labels: Tensor, numbers: Tensor) -> list[Tensor]:
-        """Codes, total and pictures of at most B labels; the other places of the batch draw what they drew before."""
+        """Codes, totals and pictures of at most B labels; the other places of the batch draw what they drew before."""
         count = len(labels)
         self.labels[:count] = labels
         self.numbers[:count] = numbers
@@ -159,10 +159,10 @@ class Recorded:
             for step in self.making_room(lambda: list(draw_scales(tokenizer, transformer, request, self.choose))):
                 yield replace(step, decode=decode)
             return
-        *codes, total, images = self.making_room(lambda: self._drawn(tokenizer, transformer, request))
+        *codes, totals, images = self.making_room(lambda: self._drawn(tokenizer, transformer, request))
         for k, size in enumerate(request.schedule):
             last = k == len(request.schedule) - 1
-            yield Step(k, size, codes[k], (lambda given: images if given is codes[-1] else decode(given)) if last else decode, total)
+            yield Step(k, size, codes[k], (lambda given: images if given is codes[-1] else decode(given)) if last else decode, totals[:, k])
 
     def recorded_batch(self, schedule: Schedule, guidance: Guidance, sampling: Sampling) -> int:
         """The largest batch of these settings that is recorded, and so has its memory already; 0 if none is."""
@@ -170,7 +170,7 @@ class Recorded:
             return max((key[3] for key in self.recordings if key[:3] == (schedule, guidance, sampling)), default=0)
 
     def _drawn(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> list[Tensor]:
-        """The codes of every scale, the last step's `total` and the pictures."""
+        """The codes of every scale, their totals (B, K) and the pictures."""
         device = request.numbers.device
         with self.turn, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             recording = self._recording(tokenizer, transformer, request)
@@ -220,6 +220,7 @@ class Recorded:
 
             def work() -> list[Tensor]:
                 steps = list(draw_scales(tokenizer, transformer, own, self.choose))
-                return [*(step.codes for step in steps), steps[-1].total, self.decode(steps[-1].codes)]
+                totals = torch.stack([step.total for step in steps], 1)  # (B, K)
+                return [*(step.codes for step in steps), totals, self.decode(steps[-1].codes)]
 
             return Recording(own.labels, own.numbers, *self.record(work))

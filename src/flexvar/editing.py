@@ -19,7 +19,7 @@ from torch import Tensor
 from flexvar.arguments import both_sides
 from flexvar.checks import check_truth, finite_number, whole_number
 from flexvar.data.given import GivenPictures, mask_of, over_white, pictures_of
-from flexvar.generation import Keep
+from flexvar.generation import Keep, refuse_not_finite
 from flexvar.position import area_averaged
 from flexvar.schedule import Schedule, Size, grid_of
 
@@ -92,7 +92,13 @@ class Edit:
 
     def finishing(self, decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """A decoder that gives finished pictures."""
-        return lambda codes: self.finish(decode(codes))
+
+        def finished(codes: Tensor) -> Tensor:
+            drawing = decode(codes)
+            refuse_not_finite(drawing)  # pasting and cutting off may hide it
+            return self.finish(drawing)
+
+        return finished
 
     def finish(self, drawing: Tensor) -> Tensor:
         """The result (B, 3, *size), about [-1, 1], of the drawing (B, 3, H, W) of the last scale; on the CPU, in float32.

@@ -27,7 +27,7 @@ class Step:
     size: Size  # (h, w)
     codes: Tensor  # (B, h, w), int64
     decode: Callable[[Tensor], Tensor] = field(repr=False)  # the tokenizer's
-    total: Tensor = field(repr=False)  # (B,), of all that the head has read up to here: finite if all of that was
+    total: Tensor = field(default_factory=lambda: torch.zeros(1), repr=False)  # (B,), of all that the head has read: finite if that was
 
     @cached_property
     def images(self) -> Tensor:
@@ -37,9 +37,14 @@ class Step:
         """
         with torch.no_grad():
             images = self.decode(self.codes)
-            if not (self.total.isfinite().all() and images.isfinite().all()):
-                raise ValueError("the model drew numbers that are not finite; check its weights, or draw in float32 or bfloat16")
+            refuse_not_finite(self.total, images)
             return images
+
+
+def refuse_not_finite(*tensors: Tensor) -> None:
+    """Raises ValueError where a number is not finite; waits for a GPU."""
+    if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in tensors):  # a sum takes no memory
+        raise ValueError("the model drew numbers that are not finite; check its weights, or draw in float32")
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,8 @@ from flexvar.schedule import Schedule, Size
 from flexvar.tokenizer import TokenizerConfig
 from flexvar.transformer import TransformerConfig
 
-OUT_OF_MEMORY = re.compile(
-    "out of memory|not enough memory|allocate memory|alloc_failed|allocation_failed"
-    "|unable to find an engine"  # cuDNN, where none of its convolutions fits
-    "|overflowed|overflow when unpacking",  # a tensor that no machine could hold
-    re.IGNORECASE,
-)
-"""How torch says, on one device or another, that it has no room for a tensor."""
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|alloc_failed|overflowed|overflow when unpacking", re.IGNORECASE)
+"""How torch says, on one device or another, that it has no room for a tensor; the last two mean one that no machine could hold."""
 
 SHARE_TO_FILL = 0.6
 """Of the free memory, where we choose the batch: others need some too, a CPU's libraries take more than is planned, and Linux kills."""
@@ -172,8 +167,13 @@ def refuse_results(size: Size, pictures: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a tensor found no room, by any device's allocator."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | TypeError) and bool(OUT_OF_MEMORY.search(str(error))))
+    """Whether an error says that a tensor found no room, by any device's allocator, or came up while such a one was handled.
+
+    So it is where a CUDA graph was being recorded: ending the recording fails as well.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | TypeError) and OUT_OF_MEMORY.search(str(error))):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 def free_memory(device: torch.device) -> int | None:

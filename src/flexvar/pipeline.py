@@ -184,7 +184,8 @@ class FlexVARPipeline:
             """On the CPU; the steps before the last are gone then."""
             own = None if edit is None else edit.part(part)
             *_, last = self._steps(indices[part], seeds[part], own, grids, guidance, sampling)
-            return output_ready(last.images, output_type)
+            with self._need(grids, len(indices[part]), guidance, own):
+                return self._making_room(lambda: output_ready(last.images, output_type))
 
         ready = self._draw.recorded_batch(grids, guidance, sampling) if isinstance(self._draw, Recorded) and edit is None else 0
         images = in_parts(self._need(grids, len(indices), guidance, edit), drawn, at_once, ready)
@@ -338,7 +339,7 @@ class FlexVARPipeline:
             with (fitting := replace(need, batch=len(pixels[part]))):
                 fitting.refuse_what_cannot_fit()
                 (codes,) = self._making_room(lambda: self._codes(pixels[part] / 127.5 - 1, [grid]))
-                return output_ready(self._making_room(lambda: self.tokenizer.decode(codes)), output_type)
+                return self._making_room(lambda: output_ready(self.tokenizer.decode(codes), output_type))
 
         return FlexVAROutput(as_output(in_parts(need, rebuilt), output_type), [], [])
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ import torch.distributed as dist
 # Its functions keep the group of the moment when they are imported, if there is one. It would outlive `processes`, and with it threads that
 # abort the process, now and then, when they free a tensor while the interpreter ends. So here, before there is one.
 import torch.distributed.nn
+
+CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 MOST_WORKERS = 8
 """Processes that prepare pictures, beside one training process, where their number is left to us."""
@@ -81,18 +85,27 @@ def forbid_cudnn_attention() -> None:
 
 def forbid_tf32() -> None:
     """No TensorFloat-32, which torch allows convolutions by default: features and codes would be those of rounded pictures."""
-    torch.backends.cudnn.allow_tf32 = False
+    CONVOLUTIONS.fp32_precision = "ieee"  # the older switch cannot even be read where somebody has used this one
+
+
+_precision = Lock()
+_allowed_before: list[str] = []  # what each thread found that is inside `without_tf32`, the first one first
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """`forbid_tf32` for a while, or for all calls of the function that it decorates."""
-    before = torch.backends.cudnn.allow_tf32
-    forbid_tf32()
+    """`forbid_tf32` for a while, or for all calls of the function that it decorates: until the last thread that asked for it is done."""
+    with _precision:
+        _allowed_before.append(CONVOLUTIONS.fp32_precision)
+        forbid_tf32()
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        with _precision:
+            first = _allowed_before[0]
+            _allowed_before.pop()
+            if not _allowed_before:
+                CONVOLUTIONS.fp32_precision = first
 
 
 def keep_memory() -> None:

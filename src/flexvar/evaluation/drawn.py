@@ -53,7 +53,11 @@ class DrawnPictures:
             places = range(start, min(start + self.batch, part.stop))
             labels, seeds = [place % self._classes for place in places], [self._seeds[place] for place in places]
             *_, last = self.pipe.stream(labels, seed=seeds, **self._settings)
-            yield to_uint8(last.images).cpu()
+            try:
+                images = last.images
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from error
+            yield to_uint8(images).cpu()
 
     @cached_property
     def about(self) -> dict[str, Any]:

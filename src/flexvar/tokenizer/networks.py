@@ -73,18 +73,20 @@ class Upsample(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
         self.register_buffer("folded", None, persistent=False)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fold(self) -> None:
-        """For drawing alone: from now on one transposed convolution does both, up to rounding, with 4 products where there were 9.
+        """Outside of training, one transposed convolution does both from now on, up to rounding, with 4 products where there were 9.
 
-        Of the 3 x 3 pixels that each new one is made of, those that repeat the same old pixel have their weights added up beforehand.
+        Of the 3 x 3 pixels that each new one is made of, those that repeat the same old pixel have their weights added up beforehand. So
+        fold again when the weights have changed.
         """
         turned = self.weight.flip(2, 3).transpose(0, 1)  # (in, out, 3, 3)
         shifted = [F.pad(turned, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1)]  # (in, out, 4, 4) each
         self.folded = torch.stack(shifted).sum(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.folded is not None:
+        if self.folded is not None and not self.training:
             return F.conv_transpose2d(x, self.folded, self.bias, stride=2, padding=1)  # (B, ch, 2H, 2W)
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, ch, 2H, 2W)
 

@@ -154,7 +154,7 @@ class TransformerWorkshop(Workshop):
                 sampling=defaults.sampling,
                 seeds=range(len(labels)),
             )
-            rows.append(to_pil(last.images))
+            rows.append(to_pil(last.decode(last.codes)))  # whatever they are: a sheet does not end a training
         sheet(rows).save(out, "PNG")
 
     def _defaults(self) -> Defaults:
