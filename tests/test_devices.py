@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexvar import FlexVARPipeline, Guidance, Keep, Sampling, Schedule, Tokenizer, Transformer, generate
 from flexvar.generation import full_logits
+from flexvar.processes import without_tf32
 
 ACCELERATORS = [name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there]
 DEVICES = ["cpu", *ACCELERATORS]
@@ -26,10 +27,8 @@ in_every_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.bflo
 @pytest.fixture(autouse=True)
 def exact_float32() -> Iterator[None]:
     """No TensorFloat-32, which torch allows in convolutions: float32 is to be compared with float32."""
-    convolutions = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = convolutions
+    with without_tf32():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -476,18 +476,15 @@ def test_a_drawn_seed_is_said(model: Path) -> None:
 
 def test_scores_do_not_depend_on_the_default_device_or_dtype(folder: Path, npz: Path, tmp_path: Path) -> None:
     """Of a user's program, which may have set either, and TF32 with them."""
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
     plain = evaluate(open_pictures(npz), folder, load_extractor("classifier"), tmp_path / "plain.json", intervals=True)
     torch.set_default_dtype(torch.float16)
-    convolutions.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True
     try:
         with torch.device("meta"):
             other = evaluate(open_pictures(npz), folder, load_extractor("classifier"), tmp_path / "other.json", intervals=True)
-        assert convolutions.fp32_precision == "tf32"
+        assert torch.backends.cudnn.allow_tf32
     finally:
         torch.set_default_dtype(torch.float32)
-        convolutions.fp32_precision = before
     assert plain is not None
     assert other is not None
     assert plain.scores == other.scores

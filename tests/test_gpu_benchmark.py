@@ -15,6 +15,7 @@ from torch import Tensor
 from flexvar import Schedule, TokenizerConfig, TransformerConfig, rates
 from flexvar.accounting import floor, plan
 from flexvar.compiled import Recorded, Work
+from flexvar.processes import without_tf32
 from flexvar.sampling import choose
 
 TINY = ["--device", "cpu", "--depths", "1", "--size", "64", "--steps", "3", "--batches", "1,2", "--repeats", "1", "--training-batch", "1"]
@@ -29,9 +30,9 @@ def small(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(gpu, "TOKENIZER", tokenizer)
     monkeypatch.setattr(gpu, "COMPARED", 3)
     monkeypatch.setattr(rates, "SECONDS_A_RATE", 0.0)
-    convolutions, attention = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.cudnn_sdp_enabled()
-    yield
-    torch.backends.cudnn.conv.fp32_precision = convolutions
+    attention = torch.backends.cuda.cudnn_sdp_enabled()
+    with without_tf32():
+        yield
     torch.backends.cuda.enable_cudnn_sdp(attention)
 
 

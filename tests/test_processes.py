@@ -59,16 +59,26 @@ def test_a_process_that_fails_does_not_wait_for_the_others(device: str, left: li
 
 
 def test_rounded_convolutions_come_back_when_the_last_thread_is_done() -> None:
+    torch.backends.cudnn.allow_tf32 = True  # torch's default, which the older switch still tells
+    one, other = without_tf32(), without_tf32()
+    one.__enter__()
+    other.__enter__()  # by another thread, say, which is done later
+    one.__exit__(None, None, None)
+    assert not torch.backends.cudnn.allow_tf32
+    other.__exit__(None, None, None)
+    assert torch.backends.cudnn.allow_tf32
+    with without_tf32():
+        pass
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_somebody_may_have_used_the_newer_switch() -> None:
     convolutions = torch.backends.cudnn.conv
     before = convolutions.fp32_precision
-    convolutions.fp32_precision = "tf32"
+    convolutions.fp32_precision = "ieee"
     try:
-        one, other = without_tf32(), without_tf32()
-        one.__enter__()
-        other.__enter__()  # by another thread, say, which is done later
-        one.__exit__(None, None, None)
+        with without_tf32():
+            assert convolutions.fp32_precision in ("ieee", "none")
         assert convolutions.fp32_precision == "ieee"
-        other.__exit__(None, None, None)
-        assert convolutions.fp32_precision == "tf32"
     finally:
         convolutions.fp32_precision = before

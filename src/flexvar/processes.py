@@ -21,7 +21,7 @@ import torch.distributed as dist
 # abort the process, now and then, when they free a tensor while the interpreter ends. So here, before there is one.
 import torch.distributed.nn
 
-CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+CUDNN: Any = torch.backends.cudnn
 
 MOST_WORKERS = 8
 """Processes that prepare pictures, beside one training process, where their number is left to us."""
@@ -85,18 +85,19 @@ def forbid_cudnn_attention() -> None:
 
 def forbid_tf32() -> None:
     """No TensorFloat-32, which torch allows convolutions by default: features and codes would be those of rounded pictures."""
-    CONVOLUTIONS.fp32_precision = "ieee"  # the older switch cannot even be read where somebody has used this one
+    CUDNN.allow_tf32 = False
 
 
 _precision = Lock()
-_allowed_before: list[str] = []  # what each thread found that is inside `without_tf32`, the first one first
+_allowed_before: list[tuple[str, str]] = []  # what each thread found that is inside `without_tf32`, the first one first
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """`forbid_tf32` for a while, or for all calls of the function that it decorates: until the last thread that asked for it is done."""
     with _precision:
-        _allowed_before.append(CONVOLUTIONS.fp32_precision)
+        # By torch's newer switches: the older one cannot be read where somebody has used these.
+        _allowed_before.append((CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision))
         forbid_tf32()
     try:
         yield
@@ -105,7 +106,8 @@ def without_tf32() -> Iterator[None]:
             first = _allowed_before[0]
             _allowed_before.pop()
             if not _allowed_before:
-                CONVOLUTIONS.fp32_precision = first
+                CUDNN.allow_tf32 = first == ("tf32", "tf32")
+                CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision = first
 
 
 def keep_memory() -> None:
