@@ -353,7 +353,7 @@ def test_every_command_has_help_with_an_example() -> None:
             yield path, of.format_help()
 
     found = dict(commands(parser()))
-    assert {path[0] for path in found} == {"sample", "edit", "train", "cache", "evaluate", "convert", "data", "info", "plan"}
+    assert {path[0] for path in found} == {"sample", "edit", "train", "cache", "evaluate", "convert", "data", "info", "plan", "app"}
     for path, text in found.items():
         assert f"example: flexvar {' '.join(path)}" in " ".join(text.split()), path
 

@@ -102,6 +102,15 @@ def run_edit(words: Words) -> None:
     _print_paths([*planned, *sheets.values()])
 
 
+def run_app(words: Words) -> None:
+    from flexvar.app import serve  # first, as it may be missing what it needs
+    from flexvar.pipeline import FlexVARPipeline
+
+    pipe = FlexVARPipeline.from_pretrained(words.model)
+    move(pipe, words)
+    serve(pipe, words.model, words.host, words.port, open_browser=words.open)
+
+
 def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[int], list[int], list[str]]:
     """For each picture to be drawn the class as it was typed, its index, the seed, and what to call it."""
     from flexvar.arguments import seeds_of

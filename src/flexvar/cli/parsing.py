@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flexvar.cli.commands import run_cache, run_convert, run_data, run_info, run_plan, run_train
-from flexvar.cli.drawing import run_edit, run_sample
+from flexvar.cli.drawing import run_app, run_edit, run_sample
 from flexvar.cli.evaluating import add_evaluations
-from flexvar.cli.options import Words, add_drawing, add_dtype, add_model, add_overwrite, add_schedule, add_size
+from flexvar.cli.options import Words, add_device, add_drawing, add_dtype, add_model, add_overwrite, add_schedule, add_size
 
 EDITS = (
     ("refine", "Keep the coarse scales of pictures and draw the others again.", "photo.png --strength 0.6 --class octopus"),
@@ -110,6 +110,15 @@ def parser() -> argparse.ArgumentParser:
             added.add_argument("--font", type=Path, help="a NotoColorEmoji.ttf (default: the installed one)")
         add_overwrite(added)
         added.set_defaults(kind=kind)
+
+    app = command("app", run_app, "Draw and edit in a browser, and watch every scale come.", "app --model emoji --open")
+    add_model(app)
+    add_device(app)
+    app.add_argument(
+        "--host", default="127.0.0.1", help="who can reach it: 127.0.0.1 for this machine, 0.0.0.0 for all (default: 127.0.0.1)"
+    )
+    app.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
+    app.add_argument("--open", action="store_true", help="also open it in the browser")
 
     info = command("info", run_info, "Say what a model is: sizes, the names of its classes, defaults, how it came to be.", "info emoji")
     info.add_argument("model", nargs="?", default="emoji", metavar="MODEL", help="a bundled name, a folder or a Hub id (default: emoji)")
