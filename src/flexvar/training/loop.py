@@ -114,6 +114,8 @@ class _Run:
             )
 
     def train(self) -> Path:
+        if self.step:
+            self._score(again=False)  # the run may have been killed while it did
         if self.step >= self.config.steps:
             self._say(f"{self.folder.path} is finished ({self.step} steps); raise steps= to go on")
             return self.folder.model
@@ -176,6 +178,8 @@ class _Run:
                 if self.rank == 0:
                     self.folder.write_sheet(self.step, partial(self.workshop.sheet, self.average))
                 began += time.perf_counter() - paused
+            if saving:
+                self._score()
             if reporting or saving:
                 began = time.perf_counter()
             if last:
@@ -287,6 +291,13 @@ class _Run:
             self.folder.report({"step": self.step, "measured": measured, "best": is_best})
         # Last, so that a run that was killed in between does all of this again.
         self.folder.write_checkpoint(self.step, state, self.best[0] if self.best else None)
+
+    def _score(self, again: bool = True) -> None:
+        if dist.is_initialized():
+            dist.barrier()  # with the first process, which has just saved the model
+        if scores := self.workshop.scored(self.average, self.step, again=again):
+            self.folder.report({"step": self.step, "scores": scores})
+            self._say(f"step {self.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
     def _measure(self) -> dict[str, Any]:
         with torch.no_grad(), self._autocast():

@@ -3,6 +3,7 @@
 config.yaml             all settings, defaults included
 log.jsonl               a line a report, a line a measurement
 sheets/                 pictures to look at
+scores/                 of a transformer, if it is told so: a report of FID and its kin
 checkpoints/            step-0000500.pt and so on: the latest ones and the best one
 model/  best/           the averaged weights of the latest and of the best checkpoint, ready for `flexvar sample`
 """
@@ -42,7 +43,7 @@ class RunFolder:
     def __init__(self, path: Path, keep: int) -> None:
         self.path, self.keep = path, keep
         self.log, self.config, self.model, self.best = path / "log.jsonl", path / "config.yaml", path / "model", path / "best"
-        self.sheets, self.checkpoints = path / "sheets", path / "checkpoints"
+        self.sheets, self.scores, self.checkpoints = path / "sheets", path / "scores", path / "checkpoints"
 
     def newest(self) -> Path | None:
         """The checkpoint to go on from."""

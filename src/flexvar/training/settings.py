@@ -254,6 +254,22 @@ class TransformerShape:
 
 
 @dataclass
+class ScoresConfig:
+    """FID and its kin of what the averaged weights draw, while they are trained."""
+
+    reference: str = ""  # an .npz or a folder, as of `flexvar evaluate model`, of the first of `sizes`; empty: nothing is scored
+    every: int = 10000  # steps, a multiple of save_every; the last step is scored too
+    per_class: int = 5  # pictures of each class; of 1,000 classes that makes 5,000
+    extractor: str = "inception"  # or classifier, or a network's file
+    weights: str = ""  # the Inception's; empty: fetched once
+
+    def __post_init__(self) -> None:
+        _demand(self, COUNT, "scores.every scores.per_class")
+        if not self.reference:
+            _demand_unset(self, "scores.every scores.per_class scores.extractor scores.weights", "a run without scores.reference")
+
+
+@dataclass
 class TransformerRun(RunConfig):
     """Training a transformer on the codes of a frozen tokenizer (paper, section 3.2)."""
 
@@ -270,6 +286,7 @@ class TransformerRun(RunConfig):
     sheet_labels: list[int] = field(default_factory=lambda: list(range(8)))
     guidance_scale: float = 2.5  # of the sheets, and the finished model's default
     top_p: float = 0.95  # likewise: candidates are kept up to this probability, 0 or 1 for all of them
+    scores: ScoresConfig = field(default_factory=ScoresConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -278,6 +295,8 @@ class TransformerRun(RunConfig):
         _demand(self, NOT_NEGATIVE, "guidance_scale finest")
         _demand(self, SHARE, "top_p")
         _demand(self, POSITIVE, "gain_factor")
+        if self.scores.reference and self.scores.every % self.save_every:
+            raise ValueError(f"scores.every is {self.scores.every}; it must be a multiple of save_every, which is {self.save_every}")
 
 
 @dataclass

@@ -15,8 +15,10 @@ from flexvar.models import model_folder
 from flexvar.processes import forbid_cudnn_attention, forbid_tf32, keep_memory, pick_device, processes
 from flexvar.training.initial import begin_from, check_codes
 from flexvar.training.loop import Data, train
+from flexvar.training.order import shared
 from flexvar.training.pictures import batches_of, examples, measured_batches, open_source, reading_processes
 from flexvar.training.run_folder import RunFolder
+from flexvar.training.scoring import Scoring
 from flexvar.training.settings import TokenizerRun, TransformerRun
 from flexvar.training.tokenizer import TokenizerWorkshop
 from flexvar.training.transformer import TransformerWorkshop
@@ -49,6 +51,9 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
                 raise ValueError("tokenizer is empty; name the model folder of a trained tokenizer")
             painted = load(model_folder(config.tokenizer))
             workshop = TransformerWorkshop(config, painted, source.class_names)
+            if config.scores.reference:
+                like = workshop.finished(workshop.network, {})
+                workshop.scoring = Scoring(config.scores, folder, like, batch=shared(config.batch, world), rank=rank, device=device)
             if before := _begun_from(config):
                 check_codes(before, painted.tokenizer, config.tokenizer)
             if held_out and not _same_classes(source.class_names, held_out.class_names):

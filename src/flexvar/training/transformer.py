@@ -18,6 +18,7 @@ from flexvar.sheet import sheet, to_pil
 from flexvar.training.losses import code_losses
 from flexvar.training.meter import Figures, Meter, Work, nested
 from flexvar.training.order import LABEL, PATHS, Batch, position_random, step_random
+from flexvar.training.scoring import Scoring
 from flexvar.training.settings import TransformerRun, demand_grids
 from flexvar.training.workshop import Workshop
 from flexvar.transformer import Transformer, TransformerConfig
@@ -44,6 +45,7 @@ class TransformerWorkshop(Workshop):
         )
         self.transformer.initialise(config.gain_factor)
         self.unconditional = len(class_names) == 1
+        self.scoring: Scoring | None = None
 
     @property
     def network(self) -> Transformer:
@@ -136,6 +138,13 @@ class TransformerWorkshop(Workshop):
         for batch in batches:
             meter.add(self.loss(network, batch)[1])
         return nested(meter.averages(alone=True))
+
+    def scored(self, network: nn.Module, step: int, *, again: bool = True) -> dict[str, float]:
+        if self.scoring is None or (step % self.config.scores.every and step < self.config.steps):
+            return {}
+        if not again and self.scoring.report_of(step).is_file():
+            return {}
+        return self.scoring.scores(self.finished(network, {}), step)
 
     def sheet(self, network: nn.Module, out: BinaryIO) -> None:
         """Samples at fixed seeds: a row for each of the picture sizes, all of `sheet_labels`."""

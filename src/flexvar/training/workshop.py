@@ -48,6 +48,13 @@ class Workshop(nn.Module):
     def measured(self, network: nn.Module, batches: list[Batch]) -> dict[str, Any]:
         """How good a network in evaluation mode is on some batches, "loss" first: less is better."""
 
+    def scored(self, network: nn.Module, step: int, *, again: bool = True) -> dict[str, float]:
+        """Scores of what a network draws, which is that of the model just saved, where it is time; on the first process alone.
+
+        All processes take part. again: also where this step was scored already.
+        """
+        return {}
+
     @abstractmethod
     def sheet(self, network: nn.Module, out: BinaryIO) -> None:
         """Draws a picture to look at, with the averaged weights."""
