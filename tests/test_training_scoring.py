@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from flexvar.checkpoint import Model
 from flexvar.cli import main
-from flexvar.training import scoring
+from flexvar.training import scoring, start
+from flexvar.training.transformer import TransformerWorkshop
 from training_runs import assert_same_end, lines, tokenizer_config, transformer_config
 
 
@@ -90,7 +94,6 @@ def test_a_run_killed_while_it_scores_scores_first(tokenizer: Path, reference: P
     [
         (["scores.reference=nowhere", "scores.every=2", "scores.extractor=classifier"], "nowhere"),
         (["scores.reference=x", "scores.every=3"], "scores.every is 3; it must be a multiple of save_every, which is 2"),
-        (["scores.per_class=3"], "scores.per_class means nothing to a run without scores.reference"),
         (["scores.per_class=0"], "scores.per_class is 0"),
     ],
 )
@@ -111,6 +114,57 @@ def test_too_few_pictures_and_another_size_are_told_before_training(tokenizer: P
     assert main(command(tokenizer, tmp_path, "wrong", *scored(larger))) == 2
     assert "those of the reference 48 x 48" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_moments_of_another_extractor_are_told_before_training(tokenizer: Path, tmp_path: Path, capsys) -> None:
+    moments = tmp_path / "moments.npz"
+    np.savez(moments, mu=np.zeros(7), sigma=np.eye(7))
+    assert main(command(tokenizer, tmp_path, "wrong", *scored(moments))) == 2
+    assert "moments.npz is of 7 features" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_run_goes_on_on_a_device_of_its_own(tokenizer: Path, reference: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """What is compared with the run's files comes before the tokenizer is moved: "meta" stands in for a GPU."""
+    assert main(command(tokenizer, tmp_path, "moved", *scored(reference), "steps=2")) == 0
+    seen: list[str] = []
+
+    class Elsewhere(scoring.Scoring):
+        def __init__(self, config: object, folder: object, model: Model, **_: object) -> None:
+            model.tokenizer.to("meta")
+            seen.append("moved")
+            raise ValueError("far enough")
+
+    monkeypatch.setattr(start, "Scoring", Elsewhere)
+    assert main(command(tokenizer, tmp_path, "moved", *scored(reference))) == 2
+    assert seen == ["moved"]
+    assert "far enough" in capsys.readouterr().err
+
+
+def test_an_error_in_scoring_says_how_to_go_on_without(tokenizer: Path, reference: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for error, line in ((MemoryError("too large"), "too large"), (OSError("no room"), "no room"), (MemoryError(), "not enough memory")):
+
+        def failing(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(scoring, "evaluate", failing)
+        assert main(command(tokenizer, tmp_path, "failing", *scored(reference), "steps=3")) == 2
+        told = capsys.readouterr().err
+        assert f"flexvar: step 2 was not scored: {line}; the training is saved; scores.reference= goes on without scores" in told
+    assert main(command(tokenizer, tmp_path, "failing", "scores.reference=", "scores.every=2", "steps=3")) == 0
+    assert scores_by_step(tmp_path / "failing") == {}
+
+
+def test_a_signal_begins_no_scoring(tokenizer: Path, reference: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def told_to_stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TransformerWorkshop, "after_step", lambda self, step, optimiser: told_to_stop() if step == 1 else None)
+        assert main(command(tokenizer, tmp_path, "told", *scored(reference))) == 130
+    assert scores_by_step(tmp_path / "told") == {}
+    assert main(command(tokenizer, tmp_path, "told", *scored(reference))) == 0
+    assert list(scores_by_step(tmp_path / "told")) == [2, 4]
 
 
 @pytest.mark.slow

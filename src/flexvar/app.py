@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -288,11 +289,13 @@ def _results(label: str, next_step: str) -> tuple[list[Any], Any]:
 
 
 def serve(pipe: FlexVARPipeline, name: str, host: str = HOST, port: int | None = None, *, open_browser: bool = False) -> None:
-    """Serves the page until Ctrl-C, and prints its address. port: by default the first free one from 7860 on.
+    """Serves the page until Ctrl-C or SIGTERM, and prints its address; from the main thread. port: by default the first free one from 7860.
 
     Raises OSError where it cannot listen there.
     """
-    blocks = page(pipe, name)
+    blocks, ended = page(pipe, name), Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     try:
         blocks.queue().launch(
             server_name=host, server_port=port, inbrowser=open_browser, share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True,
@@ -301,9 +304,6 @@ def serve(pipe: FlexVARPipeline, name: str, host: str = HOST, port: int | None =
     except OSError as error:
         raise OSError(f"the page cannot be served at {host}{'' if port is None else f':{port}'}; give another --host or --port") from error
     print(f"{blocks.local_url} draws with the model {name}; Ctrl-C ends it", flush=True)
-    try:
-        Event().wait()
-    except KeyboardInterrupt:
-        print()
-    finally:
-        blocks.close(verbose=False)
+    while not ended.wait(1):  # by the second, as Windows wakes nobody who waits for ever
+        pass
+    blocks.close(verbose=False)

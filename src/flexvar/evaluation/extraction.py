@@ -43,7 +43,7 @@ class FeatureStore:
         if not path.is_file() and not begin:
             raise FileNotFoundError(f"this process sees no {path}; all processes must share the folder of --out")
         before = read_json(path) if path.is_file() else {}
-        different = [name for name in {**before, **about} if before.get(name) != about.get(name)]
+        different = [name for name in ({**before, **about} if begin else about) if before.get(name) != about.get(name)]
         if before and different and not overwrite:
             was, now = (json.dumps(side.get(different[0]), ensure_ascii=False) for side in (before, about))
             raise FileExistsError(

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from flexvar.evaluation.extraction import FeatureStore, extract
 from flexvar.evaluation.extractors import Extractor
 from flexvar.evaluation.npz import CLASSES, write_npz
-from flexvar.evaluation.references import Reference, check_widths, read_reference
+from flexvar.evaluation.references import Reference, read_reference
 from flexvar.evaluation.report import machine
-from flexvar.evaluation.scores import Report, check, score
+from flexvar.evaluation.scores import Report, check_all, score
 from flexvar.evaluation.stored import PictureSet
 from flexvar.processes import without_tf32
 from flexvar.writing import check_writable
@@ -44,7 +44,6 @@ def evaluate(
     about = {
         "samples": json.loads(json.dumps(pictures.about)),
         "extractor": extractor.sha256,
-        "machine": machine(extractor.device),
         "pictures kept": None if npz is None else str(npz.resolve()),
         "files": None if pngs is None else str(pngs.resolve()),
     }
@@ -55,10 +54,9 @@ def evaluate(
         if out.exists() and not overwrite:
             raise FileExistsError(f"{out} exists; choose another file, or add --overwrite")
         against = reference if isinstance(reference, Reference) else read_reference(reference, extractor)
-        check(pictures, against)
-        moments = {"pool": against.moments} | ({} if against.spatial is None else {"spatial": against.spatial})
-        check_widths(against.name, moments, extractor, pictures.size)
-        store = FeatureStore(folder, len(pictures), about, overwrite=overwrite)
+        check_all(pictures, against, extractor)
+        own = {"machine": machine(extractor.device)}  # the others' may differ
+        store = FeatureStore(folder, len(pictures), about | own, overwrite=overwrite)
         if pngs is not None and store.fresh:
             try:
                 _clear(pngs, overwrite, read)

@@ -19,7 +19,7 @@ from flexvar.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
-from flexvar.evaluation.references import Reference, moments_of
+from flexvar.evaluation.references import Reference, check_widths, moments_of
 from flexvar.evaluation.report import FORMAT, PUBLISHED_COUNT, machine, write_json
 from flexvar.evaluation.stored import PictureSet
 
@@ -103,6 +103,13 @@ def score(pictures: PictureSet, features: Features, reference: Reference, extrac
         {"name": extractor.name, "sha256": extractor.sha256, "features": dimensions},
         machine(extractor.device),
     )
+
+
+def check_all(pictures: PictureSet, reference: Reference, extractor: Extractor) -> None:
+    """Raises ValueError, before anything is drawn, for what `score` would not take, and for a reference of another extractor."""
+    check(pictures, reference)
+    moments = {"pool": reference.moments} | ({} if reference.spatial is None else {"spatial": reference.spatial})
+    check_widths(reference.name, moments, extractor, pictures.size)
 
 
 def check(pictures: PictureSet, reference: Reference) -> None:

@@ -126,7 +126,7 @@ class _Run:
         try:
             self._take_steps(_fetched(self.data.batches(self.step, self.config.steps, self.first_shard)), bar)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or (type(error) is MemoryError and str(error)):  # one that explains itself
                 raise
             raise MemoryError(
                 f"not enough memory for {self.share} pictures in accumulate={self.config.accumulate} parts: take more, smaller sizes or, "
@@ -178,7 +178,7 @@ class _Run:
                 if self.rank == 0:
                     self.folder.write_sheet(self.step, partial(self.workshop.sheet, self.average))
                 began += time.perf_counter() - paused
-            if saving:
+            if saving and not self.stopping:
                 self._score()
             if reporting or saving:
                 began = time.perf_counter()

@@ -1,7 +1,7 @@
 """What lies in the folder of a run: checkpoints to go on from, the log, sheets, models. Nothing is ever half-written.
 
 config.yaml             all settings, defaults included
-log.jsonl               a line a report, a line a measurement
+log.jsonl               a line a report, a line a measurement, a line of scores
 sheets/                 pictures to look at
 scores/                 of a transformer, if it is told so: a report of FID and its kin
 checkpoints/            step-0000500.pt and so on: the latest ones and the best one
@@ -104,6 +104,11 @@ class RunFolder:
             raise OSError(
                 f"{self.log} could not be written ({reason}); make room, and the same command goes on from its checkpoint"
             ) from error
+
+    def has(self, what: str, step: int) -> bool:
+        """Whether the log has a line of a step that tells this."""
+        lines = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()] if self.log.is_file() else []
+        return any(line["step"] == step and what in line for line in lines)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
+import torch.distributed as dist
 
 from flexvar.checkpoint import Model
 from flexvar.evaluation.drawn import DrawnPictures
 from flexvar.evaluation.extractors import load_extractor
 from flexvar.evaluation.references import Reference, read_reference
 from flexvar.evaluation.runner import evaluate
-from flexvar.evaluation.scores import check
+from flexvar.evaluation.scores import check_all
 from flexvar.evaluation.stored import AT_ONCE
 from flexvar.pipeline import FlexVARPipeline
 from flexvar.training.run_folder import RunFolder
@@ -21,29 +20,39 @@ from flexvar.training.settings import ScoresConfig
 class Scoring:
     """Scores the model that lies in a run's folder, on all processes together.
 
-    model: one of the same shapes, by which it is told at once what could not be scored. batch: pictures that a process learns from in a
-    step: it draws no more at a time.
+    model: one of the same shapes, by which it is told at once what could not be scored. batch: pictures that a process learns from at a
+    time: it draws no more.
     Raises ValueError, FileNotFoundError or ConnectionError, in one line, for a reference or an extractor that is missing or does not fit.
     """
 
     def __init__(self, config: ScoresConfig, folder: RunFolder, model: Model, *, batch: int, rank: int, device: torch.device) -> None:
-        self.config, self.folder, self.batch, self.device = config, folder, min(AT_ONCE, batch), device
+        self.config, self.folder, self.batch, self.device, self.rank = config, folder, min(AT_ONCE, batch), device, rank
         self.extractor = load_extractor(config.extractor, config.weights or None).to(device)
         self.reference: Reference | str = config.reference
         if rank == 0:  # the others need none
             self.reference = read_reference(config.reference, self.extractor)
-            check(self._drawn(model), self.reference)
+            check_all(self._drawn(model), self.reference, self.extractor)
 
-    def report_of(self, step: int) -> Path:
-        """Where the scores of a step stand, with all that they follow from."""
-        return self.folder.scores / f"step-{step:07d}.json"
+    def done(self, step: int) -> bool:
+        """Whether the log has the scores of a step; the first process looks, for all of them."""
+        found = [self.rank == 0 and self.folder.has("scores", step)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found)
+        return found[0]
 
     def scores(self, model: Model, step: int) -> dict[str, float]:
         """Draws with the model, as the run's folder holds it, writes the report and gives its figures; nothing but on the first process.
 
-        Goes on where a run was killed in the middle of this. Raises as `evaluate` does.
+        Goes on where a run was killed in the middle of this. Raises ValueError, OSError or MemoryError as `evaluate` does, and says how to
+        train without.
         """
-        report = evaluate(self._drawn(model), self.reference, self.extractor, self.report_of(step), overwrite=True)
+        out = self.folder.scores / f"step-{step:07d}.json"
+        try:
+            report = evaluate(self._drawn(model), self.reference, self.extractor, out, overwrite=True)
+        except (ValueError, OSError, MemoryError) as error:
+            kind = next(kind for kind in (ValueError, OSError, MemoryError) if isinstance(error, kind))
+            mend = "the training is saved; scores.reference= goes on without scores"
+            raise kind(f"step {step} was not scored: {str(error) or 'not enough memory'}; {mend}") from error
         return {} if report is None else dict(report.scores)
 
     def _drawn(self, model: Model) -> DrawnPictures:

@@ -257,7 +257,7 @@ class TransformerShape:
 class ScoresConfig:
     """FID and its kin of what the averaged weights draw, while they are trained."""
 
-    reference: str = ""  # an .npz or a folder, as of `flexvar evaluate model`, of the first of `sizes`; empty: nothing is scored
+    reference: str = ""  # an .npz or a folder, as of `flexvar evaluate model`, of the size that the model draws; empty: nothing is scored
     every: int = 10000  # steps, a multiple of save_every; the last step is scored too
     per_class: int = 5  # pictures of each class; of 1,000 classes that makes 5,000
     extractor: str = "inception"  # or classifier, or a network's file
@@ -265,8 +265,6 @@ class ScoresConfig:
 
     def __post_init__(self) -> None:
         _demand(self, COUNT, "scores.every scores.per_class")
-        if not self.reference:
-            _demand_unset(self, "scores.every scores.per_class scores.extractor scores.weights", "a run without scores.reference")
 
 
 @dataclass

@@ -25,7 +25,7 @@ from flexvar.training.transformer import TransformerWorkshop
 from flexvar.training.workshop import Workshop
 from flexvar.zoo import sha256
 
-PATIENCE = timedelta(hours=1)  # with the first process, which measures, draws sheets and writes while the others wait
+PATIENCE = timedelta(hours=4)  # with the first process: the others wait while it makes a reference's features, measures, draws and writes
 
 
 def start(config: TokenizerRun | TransformerRun) -> Path:
@@ -51,9 +51,6 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
                 raise ValueError("tokenizer is empty; name the model folder of a trained tokenizer")
             painted = load(model_folder(config.tokenizer))
             workshop = TransformerWorkshop(config, painted, source.class_names)
-            if config.scores.reference:
-                like = workshop.finished(workshop.network, {})
-                workshop.scoring = Scoring(config.scores, folder, like, batch=shared(config.batch, world), rank=rank, device=device)
             if before := _begun_from(config):
                 check_codes(before, painted.tokenizer, config.tokenizer)
             if held_out and not _same_classes(source.class_names, held_out.class_names):
@@ -63,6 +60,10 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
                     _check_cache(pictures, config)
         if config.init_from and not folder.newest():
             begin_from(config.init_from, workshop.network, source.class_names)
+        if isinstance(config, TransformerRun) and isinstance(workshop, TransformerWorkshop) and config.scores.reference:
+            at_once = max(1, shared(config.batch, world) // config.accumulate)
+            like = workshop.finished(workshop.network, {})
+            workshop.scoring = Scoring(config.scores, folder, like, batch=at_once, rank=rank, device=device)
         data = Data(
             batches=batches_of(source, config, reading_processes(config, device), rank, world),
             held_out=measured_batches(held_out, config, world) if held_out and rank == 0 else [],

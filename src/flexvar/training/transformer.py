@@ -142,7 +142,7 @@ class TransformerWorkshop(Workshop):
     def scored(self, network: nn.Module, step: int, *, again: bool = True) -> dict[str, float]:
         if self.scoring is None or (step % self.config.scores.every and step < self.config.steps):
             return {}
-        if not again and self.scoring.report_of(step).is_file():
+        if not again and self.scoring.done(step):
             return {}
         return self.scoring.scores(self.finished(network, {}), step)
 
