@@ -22,10 +22,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whichever test does it
 
 
-@pytest.fixture
-def avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor for which `compile()` lays weights out, whichever this one is."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+@pytest.fixture(params=["AVX2", "AVX512"])
+def packing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """As on the processors for which `compile()` lays weights out, whichever this one is."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,13 @@ def test_only_the_two_buttons_can_be_called(client: Client) -> None:
     assert set(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == {"/draw", "/edit"}
 
 
+def test_nothing_passes_by_the_queue(server: str) -> None:
+    """One drawing at a time, whoever asks."""
+    request = urllib.request.Request(f"{server}gradio_api/run/draw", b'{"data": []}', {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(request)
+
+
 # -- the command --
 
 
@@ -153,7 +162,22 @@ def test_a_taken_port_is_told_in_one_line(capsys) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert main(["app", "--device", "cpu", "--port", str(port)]) == 2
-    assert capsys.readouterr().err == f"flexvar: the page cannot be served at 127.0.0.1:{port}; give another --host or --port\n"
+    assert capsys.readouterr().err == f"flexvar: the page cannot be served at 127.0.0.1:{port} (not free); give another --host or --port\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--port", "70000"], "--port is 70000; give one from 1 to 65535, or leave it out"),
+        (["--port", "0"], "--port is 0; give one from 1"),
+        (["--host", "no-such-host.invalid"], "the page cannot be served at no-such-host.invalid ("),
+    ],
+)
+def test_wrong_addresses_are_told_in_one_line(words: list[str], complaint: str, capsys) -> None:
+    assert main(["app", "--device", "cpu", *words]) == 2
+    told = capsys.readouterr().err
+    assert complaint in told
+    assert told.count("\n") == 1
 
 
 def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch) -> None:
@@ -194,10 +218,15 @@ def test_inpainting_needs_paint_or_transparency(pipe: FlexVARPipeline) -> None:
     assert 0 < white.mean() < 1
 
 
+def test_a_picture_of_too_many_pixels_is_refused_at_once(pipe: FlexVARPipeline) -> None:
+    with pytest.raises(ValueError, match="8000 x 8000 px are too many; give a picture of at most 32 megapixels"):
+        edit_of(pipe, "refine", {"background": Image.new("1", (8000, 8000)), "layers": []})
+
+
 def test_a_seed_is_the_given_one_or_a_new_one() -> None:
     assert seed_of(7.0, anew=False) == 7
     assert len({seed_of(7, anew=True) for _ in range(5)}) == 5
-    for wrong in (None, -1, 2**32, 0.5):
+    for wrong in (None, -1, 2**32):
         with pytest.raises(ValueError, match="give a whole number"):
             seed_of(wrong, anew=False)
 

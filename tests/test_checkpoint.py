@@ -152,7 +152,7 @@ def test_parts_that_do_not_belong_together_are_not_written(model: Model, tmp_pat
     assert load(tmp_path / "model").class_names == ()
 
 
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("packing")
 @pytest.mark.parametrize("make_faster", [lambda tokenizer, transformer: to_int8(transformer), compiled])
 def test_a_model_made_faster_does_not_take_the_place_of_a_good_one(model: Model, tmp_path: Path, make_faster) -> None:
     save(model, tmp_path)

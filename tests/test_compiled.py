@@ -74,7 +74,7 @@ def logits_of(networks: tuple[Tokenizer, Transformer]) -> Tensor:
     return torch.cat(seen, 1)
 
 
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("packing")
 def test_packed_layers_say_the_same_logits(networks: tuple[Tokenizer, Transformer]) -> None:
     plain = logits_of(networks)
     compiled(*networks)
@@ -84,7 +84,7 @@ def test_packed_layers_say_the_same_logits(networks: tuple[Tokenizer, Transforme
     assert not torch.equal(packed, plain)  # by other kernels
 
 
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("packing")
 def test_the_pipeline_draws_the_same_pictures(pipe: FlexVARPipeline) -> None:
     before = pipe(list("abc"), seed=3, output_type="pt")
     after = pipe.compile().compile()(list("abc"), seed=3, output_type="pt")
@@ -117,7 +117,7 @@ def test_a_model_that_compiling_does_not_change_stays_free(pipe: FlexVARPipeline
     pipe.to("cpu").save_pretrained(tmp_path)
 
 
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("packing")
 @pytest.mark.parametrize("another", [False, True])
 def test_what_a_compiled_model_cannot_do_is_told(pipe: FlexVARPipeline, tmp_path: Path, another: bool) -> None:
     """Whether by the pipeline that compiled it or by another one of the same model."""
@@ -129,7 +129,7 @@ def test_what_a_compiled_model_cannot_do_is_told(pipe: FlexVARPipeline, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("packing")
 def test_two_pipelines_of_a_model_are_compiled(pipe: FlexVARPipeline) -> None:
     before = pipe("a", seed=3, output_type="pt").images
     for either in (pipe, FlexVARPipeline(pipe.model)):

@@ -14,7 +14,17 @@ from PIL import Image
 from flexvar import FlexVARPipeline, Tokenizer, Transformer, TransformerConfig, linear
 from flexvar.checkpoint import Defaults, Model, save
 from flexvar.cli import main
-from flexvar.linear import Int8Linear, IntegerProduct, PackedLinear, by_floats, by_integers, can_pack, integer_product, to_int8
+from flexvar.linear import (
+    Int8Linear,
+    IntegerProduct,
+    PackedLinear,
+    by_floats,
+    by_integers,
+    can_pack,
+    gelu_in_place,
+    integer_product,
+    to_int8,
+)
 
 CLASSES = tuple("abcde")
 
@@ -121,15 +131,17 @@ def test_what_8_bit_weights_cannot_do_is_told(model: Model, tmp_path: Path) -> N
                 wrong()
 
 
+@pytest.mark.usefixtures("packing")
 @pytest.mark.parametrize("gelu", [False, True])
+@torch.no_grad()
 def test_a_packed_layer_gives_the_same(gelu: bool) -> None:
     torch.manual_seed(0)
-    layer, x = torch.nn.Linear(96, 40), torch.randn(2, 7, 96)
+    layer, x = torch.nn.Linear(96, 40), torch.randn(2, 70, 96) * 3
     expected = F.gelu(layer(x), approximate="tanh") if gelu else layer(x)
     assert torch.allclose(PackedLinear(layer.weight, layer.bias, gelu=gelu)(x), expected, atol=1e-5)
 
 
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("packing")
 def test_only_plain_float32_blocks_on_a_cpu_can_be_packed(model: Model) -> None:
     transformer = model.transformer
     assert can_pack(transformer)
@@ -138,9 +150,18 @@ def test_only_plain_float32_blocks_on_a_cpu_can_be_packed(model: Model) -> None:
     assert not can_pack(transformer)
 
 
-def test_a_processor_without_avx512_keeps_its_layers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+def test_other_processors_keep_their_layers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert not can_pack(model.transformer)
+
+
+def test_the_gelu_in_place_is_torchs() -> None:
+    torch.manual_seed(0)
+    x = torch.cat((torch.randn(130, 24) * 4, torch.tensor([[-1e30, -100.0, -0.0, 0.0, 100.0, 1e30] * 4])))
+    expected = F.gelu(x, approximate="tanh")
+    found = gelu_in_place(x)
+    assert found is x
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_command_draws_with_them(model: Model, tmp_path: Path, capsys) -> None:

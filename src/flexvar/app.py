@@ -1,6 +1,6 @@
 """A page for the browser: draws classes and edits pictures, and shows every scale as it is drawn.
 
-`page` lays it out and `serve` opens it; what happens on a click is `draw` and `edit`, which know nothing of the page. It needs gradio,
+`page` lays it out and `serve` opens it; what happens on a click is `draw` and `edit_of`, which know nothing of the page. It needs gradio,
 which nothing else here does.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,18 +25,19 @@ from flexvar.pipeline import FlexVARPipeline
 from flexvar.schedule import FINEST
 from flexvar.sheet import to_pil
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read on import; the page asks nothing of other machines
 try:
     import gradio as gr
+    from httpx import HTTPError  # comes with it
 except ModuleNotFoundError:
     raise ModuleNotFoundError("the page needs a package: pip install 'flexvar[app]'") from None
 
 HOST = "127.0.0.1"  # this machine alone
 LARGEST_SEED = 2**32 - 1
-HOUR = 3600  # seconds that the pictures of a page are kept
+HOUR = 3600  # seconds
+MOST_PIXELS = 2**25  # of an uploaded picture, which may be a small file all the same
 PAINT = "#e6007e"  # seen on most pictures
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
-UNSEEN: dict[str, Any] = {"api_visibility": "private"}
+UNSEEN: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
 LARGEST_FILE = "50mb"  # of a file that is uploaded
 
 STYLE = """
@@ -107,6 +109,10 @@ def edit_of(pipe: FlexVARPipeline, operation: str, painted: dict[str, Any] | Non
     picture = (painted or {}).get("background")
     if picture is None:
         raise ValueError("there is no picture yet; upload one, or send one here from the drawings")
+    if picture.width * picture.height > MOST_PIXELS:
+        raise ValueError(
+            f"{picture.height} x {picture.width} px are too many; give a picture of at most {MOST_PIXELS / 2**20:.0f} megapixels"
+        )
     if operation == "inpaint":
         mask = mask_of(painted or {}, picture.size)
         opaque = np.asarray(picture.convert("RGBA"))[..., 3].min() == 255
@@ -128,7 +134,7 @@ def seed_of(seed: float | None, anew: bool) -> int:
     """The seed in the page's field, or a new one. ValueError where it is none."""
     if anew:
         return secrets.randbelow(LARGEST_SEED + 1)
-    if seed is None or seed != int(seed) or not 0 <= seed <= LARGEST_SEED:
+    if seed is None or not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"the seed is {seed}; give a whole number from 0 to {LARGEST_SEED}")
     return int(seed)
 
@@ -141,7 +147,9 @@ def told() -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, ValueError | OSError | FloatingPointError | MemoryError) and not is_out_of_memory(error):
             raise
-        raise gr.Error(str(error) or "not enough memory; draw smaller pictures", duration=None, print_exception=False) from None
+        line = str(error) if not is_out_of_memory(error) or isinstance(error, MemoryError) else ""  # torch's own lines name no mend
+        shown = bool(os.environ.get("FLEXVAR_TRACEBACK"))
+        raise gr.Error(line or "not enough memory; draw smaller pictures", duration=None, print_exception=shown) from error
 
 
 # -- the page --
@@ -149,7 +157,7 @@ def told() -> Iterator[None]:
 
 def page(pipe: FlexVARPipeline, name: str) -> gr.Blocks:
     """The page for a model of that name; gradio calls it with one click at a time."""
-    with gr.Blocks(title=f"flexvar: {name}", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
+    with gr.Blocks(title=f"flexvar: {name}", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as blocks:
         gr.Markdown(f"# flexvar\nThe model **{name}** draws scale by scale, and every scale is a whole picture.")
         with gr.Tabs() as tabs:
             with gr.Tab("Draw", id="draw"), gr.Row():
@@ -261,13 +269,15 @@ def _settings(pipe: FlexVARPipeline) -> list[Any]:
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0)
         anew = gr.Checkbox(True, label="Another seed each time")
-    steps = gr.Slider(2, max(FINEST, defaults.num_inference_steps), defaults.num_inference_steps, step=1, label="Steps")
-    scale = gr.Slider(0, 10, defaults.guidance.scale, step=0.1, label="Guidance", info="how strongly the class is followed")
+    steps, guidance, heat = defaults.num_inference_steps, defaults.guidance, defaults.sampling.temperature
+    count = gr.Slider(2, max(FINEST, steps), steps, step=1, label="Steps")
+    off = f"how strongly the class is followed; {0 if guidance.kind == 'official-ramp' else 1} is off"
+    scale = gr.Slider(min(0, guidance.scale), max(10, guidance.scale), guidance.scale, step=0.1, label="Guidance", info=off)
     with gr.Accordion("More", open=False):
         top_k = gr.Number(defaults.sampling.top_k, label="Top-k", info="candidates kept, 0 for all", precision=0)
         top_p = gr.Slider(0, 1, defaults.sampling.top_p, step=0.01, label="Top-p", info="probability that they reach, 0 or 1 for no limit")
-        temperature = gr.Slider(0.1, 2, defaults.sampling.temperature, step=0.05, label="Temperature")
-    return [seed, anew, steps, scale, top_k, top_p, temperature]
+        temperature = gr.Slider(min(0.1, heat), max(2, heat), heat, step=0.05, label="Temperature")
+    return [seed, anew, count, scale, top_k, top_p, temperature]
 
 
 def _chosen(
@@ -291,19 +301,30 @@ def _results(label: str, next_step: str) -> tuple[list[Any], Any]:
 def serve(pipe: FlexVARPipeline, name: str, host: str = HOST, port: int | None = None, *, open_browser: bool = False) -> None:
     """Serves the page until Ctrl-C or SIGTERM, and prints its address; from the main thread. port: by default the first free one from 7860.
 
-    Raises OSError where it cannot listen there.
+    Raises OSError, in one line, where it cannot listen there, and ValueError for no number of a port.
     """
+    if port is not None and not 0 < port < 2**16:
+        raise ValueError(f"--port is {port}; give one from 1 to {2**16 - 1}, or leave it out")
+    where = f"{host}{'' if port is None else f':{port}'}"
     blocks, ended = page(pipe, name), Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
     try:
-        blocks.queue().launch(
-            server_name=host, server_port=port, inbrowser=open_browser, share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True,
-            footer_links=[], max_file_size=LARGEST_FILE, css=STYLE,
+        socket.getaddrinfo(host, port)  # gradio would try a wrong one for minutes
+        blocks.queue(api_open=False).launch(
+            server_name=f"[{host}]" if ":" in host else host, server_port=port, inbrowser=open_browser, share=False, ssr_mode=False,
+            quiet=True, prevent_thread_lock=True, show_error=True, run_history=False, footer_links=[], max_file_size=LARGEST_FILE,
+            css=STYLE,
         )  # fmt: skip
-    except OSError as error:
-        raise OSError(f"the page cannot be served at {host}{'' if port is None else f':{port}'}; give another --host or --port") from error
-    print(f"{blocks.local_url} draws with the model {name}; Ctrl-C ends it", flush=True)
-    while not ended.wait(1):  # by the second, as Windows wakes nobody who waits for ever
-        pass
-    blocks.close(verbose=False)
+    except (OSError, HTTPError) as error:
+        reason = (
+            "its own address is asked for through a proxy: set NO_PROXY" if isinstance(error, HTTPError) else error.strerror or "not free"
+        )
+        raise OSError(f"the page cannot be served at {where} ({reason}); give another --host or --port") from error
+    previous = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        print(f"{blocks.local_url} draws with the model {name}; Ctrl-C ends it", flush=True)
+        while not ended.wait(1):  # by the second, as Windows wakes nobody who waits for ever
+            pass
+    finally:
+        blocks.close(verbose=False)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

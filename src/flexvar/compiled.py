@@ -1,7 +1,7 @@
 """Faster ways to run the loop over scales, chosen by `pipe.compile()`: the same pictures up to rounding.
 
 CPU: the C library keeps the memory of one picture for the next; in float32 the decoder doubles resolutions by transposed convolutions, and
-with AVX-512 the blocks' weights are laid out for oneDNN.
+the blocks' weights are laid out for oneDNN.
 CUDA: each half of a block and the decoder become few kernels (torch.compile), codes are chosen by one Triton kernel, and all scales with
 the decoding are recorded once as a CUDA graph: nothing is launched or waited for between scales.
 """

@@ -3,11 +3,12 @@
 8 bits, on CPUs and CUDA: each row of a weight is rounded by its own largest value, and so is each token of what it multiplies; sums are
 exact integers, whichever way a processor gets them. So a picture depends on its own tokens alone, whatever else is in the batch. The price
 stands in docs/speed.md.
-Packed, on CPUs in float32: the same numbers up to rounding, by oneDNN's kernels, which also apply the GELU.
+Packed, on CPUs in float32: the same numbers up to rounding, by oneDNN's kernels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from timeit import repeat
@@ -26,6 +27,9 @@ CUDA_MULTIPLE = 8  # of both sides of a weight, for the same product
 EXACT_COLUMNS = 1024  # so many products of two numbers of up to LARGEST add up to less than 2**24: float32 holds each such sum exactly
 ROWS_TRIED = 32  # on a CPU, by either way
 PACKED_FOR_ROWS = 512  # a hint; 8 and 64 gave the same speed at every number of rows
+PACKING = ("AVX2", "AVX512")  # what a processor has whose products oneDNN speeds up
+GELU_ROWS = 64  # whose GELU is computed at a time, so that they stay in the processor's cache
+GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 
 IntegerProduct: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Rows (R, n) times the rows of a weight (out, n), all int8: exact sums (R, out), int32."""
@@ -163,29 +167,38 @@ def to_int8(transformer: Transformer) -> None:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight is laid out for oneDNN once, instead of at every call."""
+    """A linear layer whose weight is laid out for oneDNN once, instead of at every call.
+
+    With AVX-512 oneDNN applies the GELU too. Without, that takes it 3.6 times as long as torch (benchmarks/RESULTS.md, machine C).
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> None:
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)
         self.bias = bias.detach().clone()
-        self.after, self.form = ("gelu", "tanh") if gelu else ("none", "")
+        joined = gelu and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        self.after, self.form = ("gelu", "tanh") if joined else ("none", "")
+        self.gelu = gelu and not joined
 
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.after, [], self.form)
-        return product  # (..., out)
+        return gelu_in_place(product) if self.gelu else product  # (..., out)
+
+
+def gelu_in_place(x: Tensor) -> Tensor:
+    """The GELU in its tanh form of x (..., n), contiguous, written into it: x · sigmoid(2 √(2/π) (x + 0.044715 x³))."""
+    for rows in x.view(-1, x.shape[-1]).split(GELU_ROWS):
+        share = (rows * rows).mul_(0.044715 * GELU_SLOPE).add_(GELU_SLOPE).mul_(rows).sigmoid_()
+        rows.mul_(share)
+    return x
 
 
 def can_pack(transformer: Transformer) -> bool:
-    """Whether the blocks are plain float32 ones on a CPU whose products oneDNN speeds up.
-
-    That is one with AVX-512: without, oneDNN's products of more than 512 rows are slower than those of `F.linear`
-    (benchmarks/RESULTS.md, machine C).
-    """
+    """Whether the blocks are plain float32 ones on a CPU whose products oneDNN speeds up."""
     weight, first = transformer.head.weight, transformer.layers[0]
     plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not isinstance(first.attention, FastAttention)
     built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return plain and built and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return plain and built and torch.backends.cpu.get_cpu_capability() in PACKING
 
 
 def pack(transformer: Transformer) -> None:
