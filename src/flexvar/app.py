@@ -36,8 +36,8 @@ LARGEST_SEED = 2**32 - 1
 HOUR = 3600  # seconds
 MOST_PIXELS = 2**25  # of an uploaded picture, which may be a small file all the same
 PAINT = "#e6007e"  # seen on most pictures
-ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
-UNSEEN: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+UNSEEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 LARGEST_FILE = "50mb"  # of a file that is uploaded
 
 STYLE = """
@@ -164,8 +164,8 @@ def page(pipe: FlexVARPipeline, name: str) -> gr.Blocks:
                 label, drawn, send = _drawing_tab(pipe)
             with gr.Tab("Edit", id="edit"), gr.Row():
                 painted, towards, edited, again = _editing_tab(pipe)
-        send.click(_to_editor, [drawn, label], [painted, towards, tabs], **UNSEEN)
-        again.click(_to_editor, [edited, towards], [painted, towards, tabs], **UNSEEN)
+        send.click(_to_editor, [drawn, label], [painted, towards, tabs], **UNSEEN, **ONE_AT_A_TIME)
+        again.click(_to_editor, [edited, towards], [painted, towards, tabs], **UNSEEN, **ONE_AT_A_TIME)
     return blocks
 
 
@@ -198,7 +198,13 @@ def _drawing_tab(pipe: FlexVARPipeline) -> tuple[Any, Any, Any]:
             yield from _shown(draw(pipe, label, seed, height=height, width=width, **keywords), seed)
 
     button.click(
-        on_click, [label, *sides, *settings], [*results, settings[0]], api_name="draw", show_progress_on=results[0], **ONE_AT_A_TIME
+        on_click,
+        [label, *sides, *settings],
+        [*results, settings[0]],
+        api_name="draw",
+        show_progress="minimal",
+        show_progress_on=results[0],
+        **ONE_AT_A_TIME,
     )
     return label, results[0], send
 
@@ -246,8 +252,10 @@ def _editing_tab(pipe: FlexVARPipeline) -> tuple[Any, Any, Any, Any]:
         return gr.Radio(info=ABOUT[operation]), *(gr.update(visible=visible) for visible in shown)
 
     given = [painted, operation, label, most, strength, factor, *added, *settings]
-    button.click(on_click, given, [*results, settings[0]], api_name="edit", show_progress_on=results[0], **ONE_AT_A_TIME)
-    operation.change(on_operation, operation, [operation, strength, factor, margin], show_progress="hidden", **UNSEEN)
+    button.click(
+        on_click, given, [*results, settings[0]], api_name="edit", show_progress="minimal", show_progress_on=results[0], **ONE_AT_A_TIME
+    )
+    operation.change(on_operation, operation, [operation, strength, factor, margin], **UNSEEN)
     return painted, label, results[0], again
 
 

@@ -25,7 +25,7 @@ from flexvar.training.transformer import TransformerWorkshop
 from flexvar.training.workshop import Workshop
 from flexvar.zoo import sha256
 
-PATIENCE = timedelta(hours=4)  # with the first process: the others wait while it makes a reference's features, measures, draws and writes
+PATIENCE = timedelta(hours=1)  # with the first process, which reads a reference, measures, draws sheets and writes while the others wait
 
 
 def start(config: TokenizerRun | TransformerRun) -> Path:
