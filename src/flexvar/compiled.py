@@ -1,7 +1,7 @@
 """Faster ways to run the loop over scales, chosen by `pipe.compile()`: the same pictures up to rounding.
 
-CPU: the C library keeps the memory of one picture for the next; in float32 the decoder doubles resolutions by transposed convolutions, and
-the blocks' weights are laid out for oneDNN.
+CPU: the C library keeps the memory of one picture for the next; in float32 the tokenizer convolves with fewer products, and the blocks'
+weights are laid out for oneDNN.
 CUDA: each half of a block and the decoder become few kernels (torch.compile), codes are chosen by one Triton kernel, and all scales with
 the decoding are recorded once as a CUDA graph: nothing is launched or waited for between scales.
 """
@@ -27,7 +27,7 @@ from flexvar.processes import keep_memory
 from flexvar.sampling import Guidance, Sampling
 from flexvar.schedule import Schedule
 from flexvar.tokenizer import Tokenizer
-from flexvar.tokenizer.networks import Upsample
+from flexvar.tokenizer.networks import Convolution, Upsample
 from flexvar.transformer import Transformer
 
 MOST_RECORDINGS = 4
@@ -63,7 +63,7 @@ def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
         if transformer.head.weight.dtype == torch.float32:
             if can_pack(transformer):
                 pack(transformer)
-            fold_upsampling(tokenizer)
+            prepare(tokenizer)
             transformer.made_faster |= {"compiled"}
     elif device == "cuda":
         if find_spec("triton") is None:
@@ -78,11 +78,11 @@ def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     return draw
 
 
-def fold_upsampling(tokenizer: Tokenizer) -> None:
-    """Has the decoder double resolutions in one step each (`Upsample.fold`); what is saved stays the same."""
-    for module in tokenizer.decoder.modules():
-        if isinstance(module, Upsample):
-            module.fold()
+def prepare(tokenizer: Tokenizer) -> None:
+    """Has the tokenizer convolve with fewer products (`Convolution.prepare`, `Upsample.prepare`); what is saved stays the same."""
+    for module in tokenizer.modules():
+        if isinstance(module, Convolution | Upsample):
+            module.prepare()
 
 
 def fuse(transformer: Transformer) -> None:

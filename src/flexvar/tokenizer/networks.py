@@ -12,10 +12,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexvar.tokenizer import winograd
+
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """Normalisation over groups of channels; fewer groups where the channels do not divide evenly."""
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
+
+
+class Convolution(nn.Conv2d):
+    """A 3x3 convolution that keeps the resolution."""
+
+    bias: Tensor
+    at_points: Tensor | None  # (36, in, out)
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=1)
+        self.register_buffer("at_points", None, persistent=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Outside of training, a quarter of the products from now on, up to rounding, for weights and maps for which that pays.
+
+        Which those are say `winograd.pays` and `winograd.takes`. Prepare again when the weights have changed.
+        """
+        self.at_points = winograd.weights_at_points(self.weight) if winograd.pays(self.weight) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.at_points is not None and not self.training and winograd.takes(x):
+            return winograd.convolve(x, self.at_points, self.bias)  # (B, out, H, W)
+        return super().forward(x)  # (B, out, H, W)
 
 
 class ResidualBlock(nn.Module):
@@ -24,9 +51,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
         self.norm1 = group_norm(channels_in, groups)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = Convolution(channels_in, channels_out)
         self.norm2 = group_norm(channels_out, groups)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv2 = Convolution(channels_out, channels_out)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,11 +102,11 @@ class Upsample(nn.Conv2d):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def fold(self) -> None:
+    def prepare(self) -> None:
         """Outside of training, one transposed convolution does both from now on, up to rounding, with 4 products where there were 9.
 
         Of the 3 x 3 pixels that each new one is made of, those that repeat the same old pixel have their weights added up beforehand. So
-        fold again when the weights have changed.
+        prepare again when the weights have changed.
         """
         turned = self.weight.flip(2, 3).transpose(0, 1)  # (in, out, 3, 3)
         shifted = [F.pad(turned, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1)]  # (in, out, 4, 4) each
