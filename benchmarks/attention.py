@@ -94,7 +94,7 @@ def attention_alone(batch: int, config: TransformerConfig, schedule: Schedule, d
 
 def blocks(transformer: Transformer, batch: int, schedule: Schedule, dtype: torch.dtype) -> Run:
     """A step of the whole network, without optimiser."""
-    device, config = transformer.head.weight.device, transformer.config
+    device, config = transformer.device, transformer.config
     inputs = torch.randn(batch, schedule.tokens - schedule.first, config.code_width, device=device)
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexvar import Schedule, Transformer, TransformerConfig, attention
-from flexvar.attention import AttentionName, attention_named, block_causal_mask, by_scale, flex, masked, padded
+from flexvar.attention import AttentionName, attention_named, block_causal_mask, by_convolutions, by_scale, flex, masked, padded
 
 CPU = torch.device("cpu")
 WAYS = get_args(AttentionName)
@@ -193,3 +193,33 @@ def test_flex_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) 
         with torch.compiler.set_stance(stance):
             test_flex_gives_the_values_of_the_mask(sizes)
         stance = "fail_on_recompile"
+
+
+@pytest.mark.parametrize("at_once", [1, 100, attention.MOST_SCORES])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (40, 65)])
+@torch.no_grad()
+def test_attention_by_convolutions_is_torchs(queries: int, keys: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "FEWEST_QUERIES", 1)
+    monkeypatch.setattr(attention, "MOST_SCORES", at_once)
+    q, k, v = unit_vectors((keys,))
+    longer = (F.pad(x, (0, 0, 0, 5))[:, :, :keys] for x in (k, v))  # as a cache gives them
+    found = by_convolutions(q[:, :, :queries], *longer)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q[:, :, :queries], k, v, scale=1.0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[1:], by_convolutions(q[1:, :, :queries], k[1:], v[1:]))  # whatever else is in the batch
+
+
+@torch.no_grad()
+def test_attention_by_convolutions_in_bfloat16_keeps_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "FEWEST_QUERIES", 1)
+    q, k, v = unit_vectors((65,), torch.bfloat16)
+    found = by_convolutions(q * 8, k, v)
+    assert found.dtype == torch.bfloat16
+    exact = F.scaled_dot_product_attention((q * 8).float(), k.float(), v.float(), scale=1.0)
+    off, torchs = ((x.float() - exact).square().mean() for x in (found, F.scaled_dot_product_attention(q * 8, k, v, scale=1.0)))
+    assert off < 2 * torchs
+
+
+@torch.no_grad()
+def test_attention_of_few_queries_is_torchs_own() -> None:
+    q, k, v = unit_vectors((9,))
+    assert torch.equal(by_convolutions(q, k, v), F.scaled_dot_product_attention(q, k, v, scale=1.0))

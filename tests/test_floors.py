@@ -10,14 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "flexvar"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("checks",),
+    ("checks", "products"),
     (
         *("schedule", "position", "attention", "kv_cache", "sampling", "weights"),
-        *("writing", "progress", "sheet", "arguments", "processes", "rates"),
+        *("writing", "progress", "sheet", "arguments", "processes"),
     ),
     ("tokenizer", "transformer", "data", "labels", "fused_sampling"),
     ("generation", "linear"),
-    ("editing", "checkpoint", "official", "zoo", "counting"),
+    ("editing", "checkpoint", "official", "zoo", "counting", "rates"),
     ("models", "settings", "accounting"),
     ("memory", "measuring"),
     ("compiled",),

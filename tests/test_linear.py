@@ -23,10 +23,12 @@ from flexvar.linear import (
     can_pack,
     gelu_in_place,
     integer_product,
+    pack,
     to_int8,
 )
 
 CLASSES = tuple("abcde")
+HALF = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @pytest.fixture
@@ -141,18 +143,33 @@ def test_a_packed_layer_gives_the_same(gelu: bool) -> None:
     assert torch.allclose(PackedLinear(layer.weight, layer.bias, gelu=gelu)(x), expected, atol=1e-5)
 
 
+@pytest.mark.skipif(not HALF, reason="needs a processor with AVX-512")
+@torch.no_grad()
+def test_a_packed_layer_in_bfloat16_gives_the_same() -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(96, 40).bfloat16(), torch.randn(2, 70, 96).bfloat16() * 3
+    found = PackedLinear(layer.weight, layer.bias, gelu=True)(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), F.gelu(layer.float()(x.float()), approximate="tanh"), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize(("processor", "packed"), [("DEFAULT", []), ("AVX2", ["float32"]), ("AVX512", ["float32", "bfloat16"])])
+def test_which_layers_are_packed(processor: str, packed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    assert [name for name in ("float32", "bfloat16", "float16") if can_pack(torch.device("cpu"), getattr(torch, name))] == packed
+    assert not can_pack(torch.device("cuda"), torch.float32)
+
+
 @pytest.mark.usefixtures("packing")
-def test_only_plain_float32_blocks_on_a_cpu_can_be_packed(model: Model) -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_packing_leaves_no_plain_layer_but_the_small_one(model: Model, int8: bool) -> None:
     transformer = model.transformer
-    assert can_pack(transformer)
-    assert not can_pack(copy.deepcopy(transformer).bfloat16())
-    to_int8(transformer)
-    assert not can_pack(transformer)
-
-
-def test_other_processors_keep_their_layers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert not can_pack(model.transformer)
+    if int8:
+        to_int8(transformer)
+    pack(transformer)
+    assert [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)] == ["code_projection"]
+    assert any(isinstance(module, Int8Linear) for module in transformer.modules()) == int8
+    assert (transformer.dtype, transformer.device.type) == (torch.float32, "cpu")
 
 
 def test_the_gelu_in_place_is_torchs() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from flexvar import rates
+from flexvar.linear import PackedLinear
 from flexvar.rates import Rates, disturbed, matrix_rate, measure_rates
 
 CPU = torch.device("cpu")
@@ -21,13 +23,15 @@ def test_they_are_of_this_century(dtype: torch.dtype, monkeypatch: pytest.Monkey
     for rate in (found.products, found.convolutions, found.memory):
         assert 1e6 < rate < 1e15
     assert found.format in ("NCHW", "channels last")
-    assert str(found).startswith(f"products {found.products / 1e9:.1f} GFLOP/s, 3x3 convolutions ")
+    assert found.layout in ("plain", "packed")
+    assert str(found).startswith(f"products {found.products / 1e9:.1f} GFLOP/s ({found.layout}), 3x3 convolutions ")
     assert str(found).endswith(f"({found.format}), memory {found.memory / 1e9:.1f} GB/s")
 
 
 def test_large_drawings_do_not_make_them_dear(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr(rates, "_rate", lambda device, work, amount: taken.append(amount) or 1.0)
+    monkeypatch.setattr(rates, "can_pack", lambda device, dtype: False)
     measure_rates(CPU, torch.float32, rows=10**6, width=64, pictures=(1000, 64, 512))
     *convolutions, rise, fall, _, _ = taken
     assert max(convolutions) == 2 * rates.MOST_PIXELS * 128**2 * 9
@@ -35,9 +39,22 @@ def test_large_drawings_do_not_make_them_dear(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_better_of_two_is_taken_rate_by_rate() -> None:
-    one, other = Rates(5.0, 2.0, 9.0, "NCHW"), Rates(4.0, 3.0, 8.0, "channels last")
-    assert one.better(other) == other.better(one) == Rates(5.0, 3.0, 9.0, "channels last")
-    assert one.unhindered == Rates(5.0, 2.0, math.inf, "NCHW")
+    one, other = Rates(5.0, 2.0, 9.0, "NCHW", "packed"), Rates(4.0, 3.0, 8.0, "channels last", "plain")
+    assert one.better(other) == other.better(one) == Rates(5.0, 3.0, 9.0, "channels last", "packed")
+    assert one.unhindered == Rates(5.0, 2.0, math.inf, "NCHW", "packed")
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("faster", ["plain", "packed"])
+def test_products_are_taken_in_the_faster_layout(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rate(device: torch.device, work: partial, amount: int) -> float:
+        work()
+        return 2.0 if isinstance(work.func, PackedLinear) == (faster == "packed") else 1.0
+
+    monkeypatch.setattr(rates, "_rate", rate)
+    monkeypatch.setattr(rates, "_convolution_rate", lambda *_: (1.0, "NCHW"))
+    monkeypatch.setattr(rates, "_memory_rate", lambda device: 1.0)
+    assert measure_rates(CPU, torch.float32, rows=8, width=16) == Rates(2.0, 1.0, 1.0, "NCHW", faster)
 
 
 def test_what_is_more_than_a_tenth_apart_was_disturbed() -> None:

@@ -58,7 +58,7 @@ def test_scores_are_those_of_the_command_and_change_no_training(tokenizer: Path,
     report = tmp_path / "by-command.json"
     words = ["--reference", str(reference), "--extractor", "classifier", "--per-class", "2", "--out", str(report)]
     assert main(["evaluate", "model", str(tmp_path / "scored" / "model"), *words]) == 0
-    assert found[4] == pytest.approx(json.loads(report.read_text())["scores"])
+    assert found[4] == pytest.approx(json.loads(report.read_text())["scores"], rel=1e-5)
     kept = json.loads((tmp_path / "scored" / "scores" / "step-0000004.json").read_text())
     assert kept["scores"] == found[4]
     assert kept["samples"]["count"] == 20

@@ -31,10 +31,10 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(0, 3), inputs=st.integers(1, 9), outputs=st.integers(1, 9), down=st.integers(1, 6), across=st.integers(1, 6),
-    piece=st.sampled_from([1, 20, 100, winograd.PIECE]), last=st.booleans(), seed=st.integers(0, 99),
+    piece=st.sampled_from([1, 20, 100, winograd.PIECE]), last=st.booleans(), convolving=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_convolves_any_map_in_pieces_of_any_size(
-    batch: int, inputs: int, outputs: int, down: int, across: int, piece: int, last: bool, seed: int
+    batch: int, inputs: int, outputs: int, down: int, across: int, piece: int, last: bool, convolving: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, inputs, 4 * down, 4 * across, generator=generator)
@@ -43,14 +43,16 @@ def test_convolves_any_map_in_pieces_of_any_size(
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
     before = x.clone()
-    with mock.patch.object(winograd, "PIECE", piece):
+    with mock.patch.object(winograd, "PIECE", piece), mock.patch.object(winograd, "convolving_pays", return_value=convolving):
         y = winograd.convolve(x, winograd.weights_at_points(weight), bias)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(x, before)
     torch.testing.assert_close(y.double(), exact(x, weight, bias), rtol=0, atol=1e-4)
 
 
-def test_is_off_by_no_more_than_it_says() -> None:
+@pytest.mark.parametrize("convolving", [False, True])
+def test_is_off_by_no_more_than_it_says(convolving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "convolving_pays", lambda: convolving)
     generator = torch.Generator().manual_seed(0)
     x, bias = torch.randn(1, 128, 64, 64, generator=generator), torch.randn(128, generator=generator)
     weight = torch.randn(128, 128, 3, 3, generator=generator) / 34
@@ -60,12 +62,23 @@ def test_is_off_by_no_more_than_it_says() -> None:
     assert off.abs().max() > plain.abs().max()  # or the docstring claims too much
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
+@pytest.mark.parametrize("convolving", [False, True])
+def test_a_picture_does_not_depend_on_its_batch(convolving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "convolving_pays", lambda: convolving)
     generator = torch.Generator().manual_seed(0)
     x, bias = torch.randn(3, 96, 16, 24, generator=generator), torch.randn(100, generator=generator)
     weight = winograd.weights_at_points(torch.randn(100, 96, 3, 3, generator=generator))
     together = winograd.convolve(x, weight, bias)
     assert torch.equal(together, torch.cat([winograd.convolve(one[None], weight, bias) for one in x]))
+
+
+@pytest.mark.usefixtures("packing")
+def test_the_processor_says_how_the_products_are_laid_out() -> None:
+    values = winograd.values_of(torch.randn(6, 10, 3), 1, 2)
+    assert values.shape == (36, 2, 3)
+    assert values.is_contiguous() != winograd.convolving_pays() == (torch.backends.cpu.get_cpu_capability() == "AVX512")
+    weights = torch.randn(36, 4, 3)
+    torch.testing.assert_close(winograd.multiply(values, weights), torch.einsum("ptc,poc->pto", values, weights))
 
 
 def test_a_prepared_tokenizer_paints_and_reads_the_same() -> None:

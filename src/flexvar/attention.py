@@ -1,7 +1,7 @@
 """Attention over the tokens of all scales at once: each token sees its own scale and all earlier ones (paper, section 3.2).
 
-There are four ways to compute it, which give the same values and gradients and differ in speed and memory. Each takes `counts`, the
-tokens of every scale (`Schedule.counts`), since random schedules hardly ever have the same length L twice.
+In training there are four ways to compute it, which give the same values and gradients and differ in speed and memory. Each takes
+`counts`, the tokens of every scale (`Schedule.counts`), since random schedules hardly ever have the same length L twice.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from flexvar.products import multiply_in_groups
+
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values (B, H, n, D / H) of new tokens to what they attend to (B, H, n, D / H); scores are q·k, not scaled."""
+
+FEWEST_QUERIES = 96
+"""With fewer, attention by convolutions is no faster than torch's."""
+
+MOST_SCORES = 2**22
+"""That attention by convolutions holds at the same time, of one picture: 16 MiB."""
 
 AttentionName: TypeAlias = Literal["by-scale", "mask", "flex", "padded"]
 
@@ -87,6 +95,23 @@ def flex(counts: Sequence[int], device: torch.device) -> Attend:
         return attention(q, k, v, block_mask=blocks, scale=1.0)  # (B, H, L, D/H)
 
     return attend
+
+
+def by_convolutions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """An Attend for one scale, without gradients: all queries see all keys. On CPUs where `convolving_pays`.
+
+    Both products of all heads are one convolution each. Scores are in float32 whatever the precision is. A picture's do not depend on the
+    rest of the batch. Of few queries torch's own attention is faster, and is taken.
+    """
+    if q.shape[2] < FEWEST_QUERIES:
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)  # (B, H, n, D/H)
+    attended = torch.empty_like(q.transpose(1, 2))  # (B, n, H, D/H)
+    at_once = max(1, MOST_SCORES // (k.shape[1] * k.shape[2]))  # queries
+    for queries, keys, values, result in zip(q.float().transpose(1, 2), k.float(), v.mT, attended, strict=True):
+        for some, theirs in zip(queries.split(at_once), result.split(at_once), strict=True):
+            scores = multiply_in_groups(some, keys)  # (n, H, keys)
+            theirs.copy_(multiply_in_groups(scores.softmax(-1).to(v.dtype), values))  # (n, H, D/H)
+    return attended.transpose(1, 2)
 
 
 def block_causal_mask(counts: Sequence[int], device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """Faster ways to run the loop over scales, chosen by `pipe.compile()`: the same pictures up to rounding.
 
-CPU: the C library keeps the memory of one picture for the next; in float32 the tokenizer convolves with fewer products, and the blocks'
-weights are laid out for oneDNN.
+CPU: the C library keeps the memory of one picture for the next; the transformer's weights are laid out for oneDNN; in float32 the tokenizer
+convolves with fewer products.
 CUDA: each half of a block and the decoder become few kernels (torch.compile), codes are chosen by one Triton kernel, and all scales with
 the decoding are recorded once as a CUDA graph: nothing is launched or waited for between scales.
 """
@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.compiler import config as compiler
 from torch.fx.experimental import _config as shapes
 
+from flexvar.attention import by_convolutions
 from flexvar.generation import Choose, Draw, Request, Step, draw_scales
 from flexvar.linear import FastAttention, can_pack, pack, plain_linear
 from flexvar.memory import is_out_of_memory
 from flexvar.processes import keep_memory
+from flexvar.products import convolving_pays
 from flexvar.sampling import Guidance, Sampling
 from flexvar.schedule import Schedule
 from flexvar.tokenizer import Tokenizer
@@ -56,16 +58,20 @@ def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     A transformer that is changed can be neither moved nor saved any more (`Transformer.made_faster`). Another pipeline may have prepared it
     before. On a CPU this sets the C library of the whole process (`keep_memory`). Raises ModuleNotFoundError on CUDA without Triton.
     """
-    device = transformer.head.weight.device.type
+    device = transformer.device
     draw: Draw = draw_scales
-    if device == "cpu":
+    if device.type == "cpu":
         keep_memory()
-        if transformer.head.weight.dtype == torch.float32:
-            if can_pack(transformer):
-                pack(transformer)
+        if can_pack(device, transformer.dtype) and "compiled" not in transformer.made_faster:
+            pack(transformer)
+            if convolving_pays():
+                for block in transformer.layers:
+                    block.attention.attend = by_convolutions  # type: ignore[method-assign]
+            transformer.made_faster |= {"compiled"}
+        if transformer.dtype == torch.float32:
             prepare(tokenizer)
             transformer.made_faster |= {"compiled"}
-    elif device == "cuda":
+    elif device.type == "cuda":
         if find_spec("triton") is None:
             raise ModuleNotFoundError("compiling for CUDA needs Triton, which torch brings along on Linux; install it, or draw without")
         from flexvar.fused_sampling import choose

@@ -132,7 +132,7 @@ def generate(
     `keep` that does not fit the schedule.
     """
     schedule, guidance, sampling = Schedule.of(schedule), guidance or Guidance(), sampling or Sampling()
-    config, device = transformer.config, transformer.head.weight.device
+    config, device = transformer.config, transformer.device
     labels = _indices(labels, config.null_class)
     if keep is not None:
         keep.check(schedule, len(labels), config.codebook_size)

@@ -3,7 +3,7 @@
 8 bits, on CPUs and CUDA: each row of a weight is rounded by its own largest value, and so is each token of what it multiplies; sums are
 exact integers, whichever way a processor gets them. So a picture depends on its own tokens alone, whatever else is in the batch. The price
 stands in docs/speed.md.
-Packed, on CPUs in float32: the same numbers up to rounding, by oneDNN's kernels.
+Packed, on CPUs in float32 and bfloat16: the same numbers up to rounding, by oneDNN's kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ CUDA_MULTIPLE = 8  # of both sides of a weight, for the same product
 EXACT_COLUMNS = 1024  # so many products of two numbers of up to LARGEST add up to less than 2**24: float32 holds each such sum exactly
 ROWS_TRIED = 32  # on a CPU, by either way
 PACKED_FOR_ROWS = 512  # a hint; 8 and 64 gave the same speed at every number of rows
-PACKING = ("AVX2", "AVX512")  # what a processor has whose products oneDNN speeds up
 GELU_ROWS = 64  # whose GELU is computed at a time, so that they stay in the processor's cache
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 
@@ -151,7 +150,7 @@ def to_int8(transformer: Transformer) -> None:
     multiple of 8.
     """
     transformer.refuse_made_faster()
-    device = transformer.head.weight.device
+    device = transformer.device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"8-bit weights run on CPUs and CUDA, and this transformer is on {device}; move it, or draw without them")
     first = transformer.layers[0]
@@ -174,14 +173,14 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)  # opaque but for its dtype and device
         self.bias = bias.detach().clone()
         joined = gelu and torch.backends.cpu.get_cpu_capability() == "AVX512"
         self.after, self.form = ("gelu", "tanh") if joined else ("none", "")
         self.gelu = gelu and not joined
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.after, [], self.form)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.after, [], self.form)
         return gelu_in_place(product) if self.gelu else product  # (..., out)
 
 
@@ -193,14 +192,25 @@ def gelu_in_place(x: Tensor) -> Tensor:
     return x
 
 
-def can_pack(transformer: Transformer) -> bool:
-    """Whether the blocks are plain float32 ones on a CPU whose products oneDNN speeds up."""
-    weight, first = transformer.head.weight, transformer.layers[0]
-    plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not isinstance(first.attention, FastAttention)
-    built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return plain and built and torch.backends.cpu.get_cpu_capability() in PACKING
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether layers can be packed there: on a CPU whose products oneDNN speeds up, in float32, with AVX-512 in bfloat16 too."""
+    if device.type != "cpu" or not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    processor = torch.backends.cpu.get_cpu_capability()
+    return (dtype == torch.float32 and processor in ("AVX2", "AVX512")) or (dtype == torch.bfloat16 and processor == "AVX512")
 
 
 def pack(transformer: Transformer) -> None:
-    """Lays the weights of all blocks out for oneDNN, in place and for good, where `can_pack`."""
-    exchange_layers(transformer, PackedLinear)
+    """Lays the weights of head, class modulation and blocks, where these are not of 8 bits, out for oneDNN, in place and for good.
+
+    Where `can_pack`. The head's weights are in float32 whatever the others are (`flexvar.generation.full_logits`).
+    """
+    if not isinstance(transformer.layers[0].attention, FastAttention):
+        exchange_layers(transformer, PackedLinear)
+    shared = transformer.shared_modulation is not None
+    modulations = [(transformer, "shared_modulation")] if shared else [(block, "modulation") for block in transformer.layers]
+    for owner, name in (*modulations, (transformer, "final_modulation")):
+        layer = getattr(owner, name)
+        setattr(owner, name, PackedLinear(layer.weight, layer.bias))
+    head = transformer.head
+    transformer.head = PackedLinear(head.weight.float(), head.bias.float())  # type: ignore[assignment]

@@ -82,7 +82,7 @@ def random_networks(cost: Plan, device: torch.device) -> tuple[Tokenizer, Transf
 
 def measure_drawing(cost: Plan, tokenizer: Tokenizer, transformer: Transformer, repeats: int = 3) -> Measured:
     """Draws with networks of the plan so many times, after once that warms up, and takes the rates of their device before and after."""
-    device = transformer.head.weight.device
+    device = transformer.device
     before = rates_for(cost, device)
     draw = partial(time_drawing, tokenizer, transformer, cost.schedule, cost.batch, guided=cost.guided)
     _, *drawn = [draw() for _ in progress(range(1 + repeats), "drawing")]
@@ -104,7 +104,7 @@ def time_drawing(
 
     Lifting and embedding the codes count with the blocks that read them.
     """
-    clock = Clock(transformer.head.weight.device)
+    clock = Clock(transformer.device)
 
     def timed(*given: Any) -> Tensor:
         clock.mark()

@@ -74,12 +74,12 @@ class FlexVARPipeline:
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return self.transformer.head.weight.device
+        return self.transformer.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        return self.transformer.head.weight.dtype
+        return self.transformer.dtype
 
     @property
     def made_faster(self) -> frozenset[str]:

@@ -7,10 +7,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flexvar.linear import MakeLinear, PackedLinear, can_pack, plain_linear
 
 SECONDS_A_RATE = 0.5
 """How long each shape is measured."""
@@ -34,19 +38,22 @@ CONVOLUTIONS = ((128, 1), (256, 2), (256, 4))  # channels of the released decode
 class Rates:
     """Of one device, in one precision."""
 
-    products: float  # FLOP/s of large products of matrices
+    products: float  # FLOP/s of large products of matrices, with weights in the faster layout
     convolutions: float  # FLOP/s of 3x3 convolutions, in the faster format
     memory: float  # bytes/s
     format: str = ""  # the faster one: "NCHW" or "channels last"
+    layout: str = ""  # the faster one: "plain" or "packed"
 
     def __str__(self) -> str:
+        products = f"products {_giga(self.products)} GFLOP/s{self.layout and f' ({self.layout})'}"
         convolutions = f"3x3 convolutions {_giga(self.convolutions)}{self.format and f' ({self.format})'}"
-        return f"products {_giga(self.products)} GFLOP/s, {convolutions}, memory {_giga(self.memory)} GB/s"
+        return f"{products}, {convolutions}, memory {_giga(self.memory)} GB/s"
 
     def better(self, other: Rates) -> Rates:
         """The larger one of each rate."""
-        faster = max(self, other, key=lambda rates: rates.convolutions)
-        return replace(faster, products=max(self.products, other.products), memory=max(self.memory, other.memory))
+        multiplies, convolves = (max(self, other, key=attrgetter(name)) for name in ("products", "convolutions"))
+        memory = max(self.memory, other.memory)
+        return Rates(multiplies.products, convolves.convolutions, memory, convolves.format, multiplies.layout)
 
     def apart(self, other: Rates) -> bool:
         """Whether products or convolutions differ by more than a tenth: other work disturbed one of the two."""
@@ -71,19 +78,29 @@ def measure_rates(
     On a CPU the products are those of an MLP of this width on so many rows, and the convolutions those of a decoder of pictures (B, H, W):
     it is filled by what is drawn, and larger ones take long. Elsewhere they are larger than either.
     """
-    convolutions, name = _convolution_rate(device, dtype, *pictures)
-    return Rates(_product_rate(device, dtype, rows, width), convolutions, _memory_rate(device), name)
+    convolutions, format = _convolution_rate(device, dtype, *pictures)
+    products, layout = _product_rate(device, dtype, rows, width)
+    return Rates(products, convolutions, _memory_rate(device), format, layout)
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> float:
-    """FLOP/s of products of matrices of random numbers: an MLP's two on a CPU, a large square one elsewhere."""
+def _product_rate(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> tuple[float, str]:
+    """FLOP/s of products of matrices of random numbers in the faster layout, and its name.
+
+    An MLP's two on a CPU, a large square one elsewhere.
+    """
     rows = min(rows, MOST_ROWS)
     shapes = [(rows, width, 4 * width), (rows, 4 * width, width)] if device.type == "cpu" else [(LARGE_PRODUCT,) * 3]
-    rates = []
-    for count, narrow, wide in shapes:
-        x, weight, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((count, narrow), (wide, narrow), (wide,)))
-        rates.append(_rate(device, lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias), 2 * count * narrow * wide))  # type: ignore[misc]
-    return statistics.harmonic_mean(rates)
+    best = (0.0, "")
+    layouts: list[tuple[MakeLinear, str]] = [(plain_linear, "plain")]
+    if can_pack(device, dtype):
+        layouts.append((PackedLinear, "packed"))
+    for make, name in layouts:
+        rates = []
+        for count, narrow, wide in shapes:
+            x, weight, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((count, narrow), (wide, narrow), (wide,)))
+            rates.append(_rate(device, partial(make(weight, bias), x), 2 * count * narrow * wide))
+        best = max(best, (statistics.harmonic_mean(rates), name))
+    return best
 
 
 def _convolution_rate(device: torch.device, dtype: torch.dtype, batch: int, height: int, width: int) -> tuple[float, str]:

@@ -111,6 +111,10 @@ class SelfAttention(nn.Module):
             return q.contiguous(), k.contiguous(), v.contiguous()
         return q, k, v
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What all queries make of all keys, an Attend for drawing: (B, H, n, D/H)."""
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
     def write(self, attended: Tensor) -> Tensor:
         """The result (B, n, D) of what attention gave (B, H, n, D/H)."""
         written: Tensor = self.out(attended.transpose(1, 2).flatten(2))
@@ -209,6 +213,16 @@ class Transformer(nn.Module):
         self.final_modulation.weight.mul_(0.5)
 
     @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.start.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, and holds its weights in where they are not of 8 bits."""
+        return self.start.dtype
+
+    @property
     def layers(self) -> list[Block]:
         """The blocks, typed."""
         return [block for block in self.blocks if isinstance(block, Block)]
@@ -284,10 +298,10 @@ class Transformer(nn.Module):
 
     def step(self, x: Tensor, condition: Condition, cache: KeyValueCache) -> Tensor:
         """One scale: embedded tokens (B, n, D) to what the head reads (B, n, D). The cache takes in this scale."""
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.layers):
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:
-                return F.scaled_dot_product_attention(q, *cache.extend(i, k, v), scale=1.0)
+            def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i, block: Block = block) -> Tensor:
+                return block.attention.attend(q, *cache.extend(i, k, v))
 
             x = block(x, condition.blocks[i], attend)  # (B, n, D)
         cache.advance(x.shape[1])
@@ -295,8 +309,6 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, schedule: ScheduleLike) -> KeyValueCache:
         """An empty cache for a batch and a schedule."""
-        config, weight = self.config, self.head.weight
+        config = self.config
         tokens = Schedule.of(schedule).slices[-1].start  # the last scale is read by none
-        return KeyValueCache(
-            config.depth, batch, config.heads, tokens, config.width // config.heads, dtype=weight.dtype, device=weight.device
-        )
+        return KeyValueCache(config.depth, batch, config.heads, tokens, config.width // config.heads, dtype=self.dtype, device=self.device)

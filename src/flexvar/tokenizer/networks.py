@@ -24,7 +24,7 @@ class Convolution(nn.Conv2d):
     """A 3x3 convolution that keeps the resolution."""
 
     bias: Tensor
-    at_points: Tensor | None  # (36, in, out)
+    at_points: Tensor | None  # (36, out, in)
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexvar.products import convolving_pays, multiply_in_groups
+
 TILE = 4
 POINTS = 6
 ONE = 1
@@ -32,8 +34,8 @@ FEWEST_CHANNELS = 96
 MOST_WEIGHTS = 256 * 256
 """Channels in times channels out. The released tokenizer has more only on its smallest maps, and would need three times the memory."""
 
-PIECE = 2**15
-"""Tiles times channels of a piece: 2**13 to 2**16 take about the same time (benchmarks/RESULTS.md)."""
+PIECE = 2**16
+"""Tiles times channels of a piece: larger ones gain no more, smaller ones take longer with AVX-512 (benchmarks/RESULTS.md)."""
 
 
 def pays(weight: Tensor) -> bool:
@@ -50,19 +52,19 @@ def takes(x: Tensor) -> bool:
 
 
 def weights_at_points(weight: Tensor) -> Tensor:
-    """Weights (out, in, 3, 3) of a convolution as float32 (36, in, out), by column and row; four times as many numbers."""
+    """Weights (out, in, 3, 3) of a convolution as float32 (36, out, in), by column and row; four times as many numbers."""
     at = torch.tensor(WEIGHTS_AT_POINTS, dtype=torch.float64, device=weight.device)
-    return torch.einsum("jx,iy,ocyx->jico", at, at, weight.double()).float().flatten(0, 1).contiguous()
+    return torch.einsum("jx,iy,ocyx->jioc", at, at, weight.double()).float().flatten(0, 1).contiguous()
 
 
 def convolve(x: Tensor, at_points: Tensor, bias: Tensor) -> Tensor:
     """The convolution, padded by 1, of a map (B, in, H, W), H and W multiples of 4, as (B, out, H, W), channels last.
 
-    `at_points` (36, in, out) are the weights by `weights_at_points`. Outputs are off by less than 1e-4 of their size, some ten times what a
+    `at_points` (36, out, in) are the weights by `weights_at_points`. Outputs are off by less than 1e-4 of their size, some ten times what a
     plain convolution is off by. A picture's do not depend on the rest of the batch.
     """
     batch, inputs, height, width = x.shape
-    outputs = at_points.shape[2]
+    outputs = at_points.shape[1]
     across, down = width // TILE, height // TILE
     most = min(down, max(1, PIECE // (max(inputs, outputs) * across)))  # rows of tiles in a piece
     result = x.new_empty(batch, height, width, outputs)
@@ -72,7 +74,7 @@ def convolve(x: Tensor, at_points: Tensor, bias: Tensor) -> Tensor:
             rows = min(most, (height - top) // TILE)
             fill(padded[: TILE * rows + 2], picture, top)
             values = values_of(padded[: TILE * rows + 2], rows, across)  # (36, tiles, in)
-            sums = torch.bmm(values, at_points)  # (36, tiles, out)
+            sums = multiply(values, at_points)  # (36, tiles, out)
             sums[POINTS * ONE + ONE] += bias
             write(painted[top : top + TILE * rows], sums, rows, across)
     return result.permute(0, 3, 1, 2)
@@ -88,13 +90,24 @@ def fill(padded: Tensor, picture: Tensor, top: int) -> None:
 
 
 def values_of(padded: Tensor, rows: int, across: int) -> Tensor:
-    """The tiles of a padded piece as values (36, rows * across, in), by column and row."""
+    """The tiles of a padded piece as values (36, rows * across, in), by column and row; all of a tile side by side if `convolving_pays`."""
     inputs, width = padded.shape[2], padded.shape[1]
     by_row = padded.new_empty(POINTS, rows, width, inputs)
     inputs_to_points([padded[i : i + TILE * (rows - 1) + 1 : TILE] for i in range(POINTS)], by_row)
-    values = padded.new_empty(POINTS, POINTS, rows, across, inputs)
-    inputs_to_points([by_row[:, :, j : j + TILE * (across - 1) + 1 : TILE] for j in range(POINTS)], values)
-    return values.view(POINTS**2, rows * across, inputs)
+    if convolving_pays():
+        values = padded.new_empty(rows * across, POINTS**2, inputs).transpose(0, 1)
+    else:
+        values = padded.new_empty(POINTS**2, rows * across, inputs)
+    columns = [by_row[:, :, j : j + TILE * (across - 1) + 1 : TILE] for j in range(POINTS)]
+    inputs_to_points(columns, values.view(POINTS, POINTS, rows, across, inputs))
+    return values
+
+
+def multiply(values: Tensor, at_points: Tensor) -> Tensor:
+    """Values (36, tiles, in) times weights (36, out, in): sums over channels (36, tiles, out)."""
+    if convolving_pays():
+        return multiply_in_groups(values.transpose(0, 1), at_points).transpose(0, 1)
+    return torch.bmm(values, at_points.mT)
 
 
 def write(painted: Tensor, sums: Tensor, rows: int, across: int) -> None:
