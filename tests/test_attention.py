@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexvar import Schedule, Transformer, TransformerConfig, attention
 from flexvar.attention import AttentionName, attention_named, block_causal_mask, by_convolutions, by_scale, flex, masked, padded
+from flexvar.products import multiply_in_groups
 
 CPU = torch.device("cpu")
 WAYS = get_args(AttentionName)
@@ -199,7 +200,8 @@ def test_flex_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (40, 65)])
 @torch.no_grad()
 def test_attention_by_convolutions_is_torchs(queries: int, keys: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "FEWEST_QUERIES", 1)
+    monkeypatch.setattr(attention, "NARROWEST_HEAD", 1)
+    monkeypatch.setattr(attention, "FEWEST_SCORES", 1)
     monkeypatch.setattr(attention, "MOST_SCORES", at_once)
     q, k, v = unit_vectors((keys,))
     longer = (F.pad(x, (0, 0, 0, 5))[:, :, :keys] for x in (k, v))  # as a cache gives them
@@ -210,7 +212,8 @@ def test_attention_by_convolutions_is_torchs(queries: int, keys: int, at_once: i
 
 @torch.no_grad()
 def test_attention_by_convolutions_in_bfloat16_keeps_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "FEWEST_QUERIES", 1)
+    monkeypatch.setattr(attention, "NARROWEST_HEAD", 1)
+    monkeypatch.setattr(attention, "FEWEST_SCORES", 1)
     q, k, v = unit_vectors((65,), torch.bfloat16)
     found = by_convolutions(q * 8, k, v)
     assert found.dtype == torch.bfloat16
@@ -220,6 +223,22 @@ def test_attention_by_convolutions_in_bfloat16_keeps_its_scores(monkeypatch: pyt
 
 
 @torch.no_grad()
-def test_attention_of_few_queries_is_torchs_own() -> None:
-    q, k, v = unit_vectors((9,))
-    assert torch.equal(by_convolutions(q, k, v), F.scaled_dot_product_attention(q, k, v, scale=1.0))
+def test_attention_is_torchs_own_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Tensor] = []
+    monkeypatch.setattr(attention, "multiply_in_groups", lambda rows, weights: taken.append(rows) or multiply_in_groups(rows, weights))
+    for queries, width in ((512, 32), (511, 32), (512, 31)):
+        q, k, v = torch.randn(3, 1, 1, 512, width)
+        torch.testing.assert_close(
+            by_convolutions(q[:, :, :queries], k, v), F.scaled_dot_product_attention(q[:, :, :queries], k, v, scale=1.0)
+        )
+    assert len(taken) == 2  # both products, once
+
+
+@torch.no_grad()
+def test_scores_stay_in_float32_within_a_callers_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "NARROWEST_HEAD", 1)
+    monkeypatch.setattr(attention, "FEWEST_SCORES", 1)
+    q, k, v = unit_vectors((65,))
+    expected = by_convolutions(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(by_convolutions(q, k, v), expected)

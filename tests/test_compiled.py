@@ -77,7 +77,8 @@ def logits_of(networks: tuple[Tokenizer, Transformer]) -> Tensor:
 
 @pytest.mark.usefixtures("packing")
 def test_packed_layers_say_the_same_logits(networks: tuple[Tokenizer, Transformer], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "FEWEST_QUERIES", 2)
+    monkeypatch.setattr(attention, "NARROWEST_HEAD", 1)
+    monkeypatch.setattr(attention, "FEWEST_SCORES", 1)
     plain = logits_of(networks)
     compiled(*networks)
     first = networks[1].layers[0]
@@ -93,6 +94,21 @@ def test_the_pipeline_draws_the_same_pictures(pipe: FlexVARPipeline) -> None:
     before = pipe(list("abc"), seed=3, output_type="pt")
     after = pipe.compile().compile()(list("abc"), seed=3, output_type="pt")
     assert torch.allclose(before.images, after.images, atol=1e-4)
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_compiled_model_draws_within_a_callers_autocast(pipe: FlexVARPipeline, dtype: torch.dtype) -> None:
+    with torch.autocast("cpu", dtype):
+        assert pipe.compile()("a", seed=3, output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.usefixtures("packing")
+def test_threads_that_compile_at_the_same_time_take_turns(pipe: FlexVARPipeline) -> None:
+    before = pipe("a", seed=3, output_type="pt").images
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: pipe.compile(), range(8)))
+    assert torch.allclose(pipe("a", seed=3, output_type="pt").images, before, atol=1e-4)
 
 
 def test_folded_upsampling_paints_the_same(networks: tuple[Tokenizer, Transformer]) -> None:
@@ -144,7 +160,8 @@ def test_two_pipelines_of_a_model_are_compiled(pipe: FlexVARPipeline) -> None:
 def test_packed_layers_in_bfloat16_are_as_exact_as_plain_ones(
     networks: tuple[Tokenizer, Transformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "FEWEST_QUERIES", 2)
+    monkeypatch.setattr(attention, "NARROWEST_HEAD", 1)
+    monkeypatch.setattr(attention, "FEWEST_SCORES", 1)
     exact = logits_of(networks)
     half = copy.deepcopy(networks)
     for network in half:

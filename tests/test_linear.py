@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -143,6 +146,17 @@ def test_a_packed_layer_gives_the_same(gelu: bool) -> None:
     assert torch.allclose(PackedLinear(layer.weight, layer.bias, gelu=gelu)(x), expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("packing")
+@torch.no_grad()
+def test_a_packed_layer_gives_the_same_within_a_callers_autocast() -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(40, 96), torch.randn(40), torch.randn(7, 96).bfloat16()
+    packed = PackedLinear(weight, bias)
+    expected = packed(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x), expected)
+
+
 @pytest.mark.skipif(not HALF, reason="needs a processor with AVX-512")
 @torch.no_grad()
 def test_a_packed_layer_in_bfloat16_gives_the_same() -> None:
@@ -156,8 +170,16 @@ def test_a_packed_layer_in_bfloat16_gives_the_same() -> None:
 @pytest.mark.parametrize(("processor", "packed"), [("DEFAULT", []), ("AVX2", ["float32"]), ("AVX512", ["float32", "bfloat16"])])
 def test_which_layers_are_packed(processor: str, packed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     assert [name for name in ("float32", "bfloat16", "float16") if can_pack(torch.device("cpu"), getattr(torch, name))] == packed
     assert not can_pack(torch.device("cuda"), torch.float32)
+
+
+def test_bfloat16_is_not_packed_where_onednn_does_without() -> None:
+    code = "import torch; from flexvar.linear import can_pack; print(can_pack(torch.device('cpu'), torch.bfloat16))"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
 
 
 @pytest.mark.usefixtures("packing")

@@ -21,11 +21,11 @@ from flexvar.products import multiply_in_groups
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values (B, H, n, D / H) of new tokens to what they attend to (B, H, n, D / H); scores are q·k, not scaled."""
 
-FEWEST_QUERIES = 96
-"""With fewer, attention by convolutions is no faster than torch's."""
+NARROWEST_HEAD, FEWEST_SCORES = 32, 2**18
+"""For which attention by convolutions is worth it: with less of either, torch's is as fast or faster (benchmarks/RESULTS.md, machine D)."""
 
-MOST_SCORES = 2**22
-"""That attention by convolutions holds at the same time, of one picture: 16 MiB."""
+MOST_SCORES = 2**24
+"""That it holds at the same time, of one picture: 64 MiB. Fewer take longer, since each time the keys are laid out anew."""
 
 AttentionName: TypeAlias = Literal["by-scale", "mask", "flex", "padded"]
 
@@ -101,15 +101,15 @@ def by_convolutions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """An Attend for one scale, without gradients: all queries see all keys. On CPUs where `convolving_pays`.
 
     Both products of all heads are one convolution each. Scores are in float32 whatever the precision is. A picture's do not depend on the
-    rest of the batch. Of few queries torch's own attention is faster, and is taken.
+    rest of the batch. Where torch's own attention is faster it is taken (NARROWEST_HEAD, FEWEST_SCORES).
     """
-    if q.shape[2] < FEWEST_QUERIES:
+    if q.shape[-1] < NARROWEST_HEAD or q.shape[1] * q.shape[2] * k.shape[2] < FEWEST_SCORES:
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)  # (B, H, n, D/H)
     attended = torch.empty_like(q.transpose(1, 2))  # (B, n, H, D/H)
     at_once = max(1, MOST_SCORES // (k.shape[1] * k.shape[2]))  # queries
-    for queries, keys, values, result in zip(q.float().transpose(1, 2), k.float(), v.mT, attended, strict=True):
+    for queries, keys, values, result in zip(q.transpose(1, 2), k, v.mT, attended, strict=True):
         for some, theirs in zip(queries.split(at_once), result.split(at_once), strict=True):
-            scores = multiply_in_groups(some, keys)  # (n, H, keys)
+            scores = multiply_in_groups(some.float(), keys.float())  # (n, H, keys)
             theirs.copy_(multiply_in_groups(scores.softmax(-1).to(v.dtype), values))  # (n, H, D/H)
     return attended.transpose(1, 2)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from threading import RLock
+from threading import Lock, RLock
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -52,36 +52,49 @@ Work: TypeAlias = Callable[[], list[Tensor]]
 Record: TypeAlias = Callable[[Work], tuple[list[Tensor], Callable[[], None]]]
 
 
+PREPARING = Lock()
+"""Networks are changed by one thread at a time."""
+
+
 def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     """Prepares both networks for the device that they are on, for good; gives the way to draw with them. On MPS nothing changes.
 
-    A transformer that is changed can be neither moved nor saved any more (`Transformer.made_faster`). Another pipeline may have prepared it
-    before. On a CPU this sets the C library of the whole process (`keep_memory`). Raises ModuleNotFoundError on CUDA without Triton.
+    A transformer that is changed can be neither moved, copied nor saved any more (`Transformer.made_faster`). Another pipeline may have
+    prepared it before. On a CPU this sets the C library of the whole process (`keep_memory`). Raises ModuleNotFoundError on CUDA
+    without Triton.
     """
-    device = transformer.device
-    draw: Draw = draw_scales
-    if device.type == "cpu":
-        keep_memory()
-        if can_pack(device, transformer.dtype) and "compiled" not in transformer.made_faster:
-            pack(transformer)
-            if convolving_pays():
-                for block in transformer.layers:
-                    block.attention.attend = by_convolutions  # type: ignore[method-assign]
-            transformer.made_faster |= {"compiled"}
-        if transformer.dtype == torch.float32:
-            prepare(tokenizer)
-            transformer.made_faster |= {"compiled"}
-    elif device.type == "cuda":
-        if find_spec("triton") is None:
-            raise ModuleNotFoundError("compiling for CUDA needs Triton, which torch brings along on Linux; install it, or draw without")
-        from flexvar.fused_sampling import choose
+    with PREPARING:
+        if transformer.device.type == "cpu":
+            prepare_for_cpu(tokenizer, transformer)
+        elif transformer.device.type == "cuda":
+            return prepared_for_cuda(tokenizer, transformer)
+    return draw_scales
 
-        if "compiled" not in transformer.made_faster:
-            fuse(transformer)
-        tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        draw = Recorded(cuda_graph, choose, torch.compile(tokenizer.decode))
+
+def prepare_for_cpu(tokenizer: Tokenizer, transformer: Transformer) -> None:
+    keep_memory()
+    packs, exact = can_pack(transformer.device, transformer.dtype), transformer.dtype == torch.float32
+    if packs and "compiled" not in transformer.made_faster:
+        pack(transformer)
+        if convolving_pays():
+            for block in transformer.layers:
+                block.attention.attend = by_convolutions  # type: ignore[method-assign]
+    if exact:
+        prepare(tokenizer)
+    if packs or exact:
         transformer.made_faster |= {"compiled"}
-    return draw
+
+
+def prepared_for_cuda(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
+    if find_spec("triton") is None:
+        raise ModuleNotFoundError("compiling for CUDA needs Triton, which torch brings along on Linux; install it, or draw without")
+    from flexvar.fused_sampling import choose
+
+    if "compiled" not in transformer.made_faster:
+        fuse(transformer)
+    tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    transformer.made_faster |= {"compiled"}
+    return Recorded(cuda_graph, choose, torch.compile(tokenizer.decode))
 
 
 def prepare(tokenizer: Tokenizer) -> None:

@@ -180,7 +180,8 @@ class PackedLinear(nn.Module):
         self.gelu = gelu and not joined
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.after, [], self.form)
+        # Within a caller's autocast other precisions come in.
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, self.after, [], self.form)
         return gelu_in_place(product) if self.gelu else product  # (..., out)
 
 
@@ -197,7 +198,9 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cpu" or not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     processor = torch.backends.cpu.get_cpu_capability()
-    return (dtype == torch.float32 and processor in ("AVX2", "AVX512")) or (dtype == torch.bfloat16 and processor == "AVX512")
+    if dtype == torch.bfloat16:
+        return processor == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # oneDNN can be told to do without
+    return dtype == torch.float32 and processor in ("AVX2", "AVX512")
 
 
 def pack(transformer: Transformer) -> None:

@@ -146,8 +146,8 @@ class FlexVARPipeline:
     def compile(self) -> FlexVARPipeline:
         """Makes drawing faster, if there is a way, for good: the same pictures up to rounding (`flexvar.compiled`, docs/speed.md).
 
-        Move it first: a changed model is neither moved nor saved any more. On CUDA the first picture of each size then takes longer. On a
-        CPU, on Linux, the whole process keeps the memory that it frees, other libraries' too (`flexvar.processes.keep_memory`).
+        Move it first: a changed model is neither moved, copied nor saved any more. On CUDA the first picture of each size takes longer.
+        On a CPU, on Linux, the whole process keeps the memory that it frees, other libraries' too (`flexvar.processes.keep_memory`).
         """
         if not isinstance(self._draw, Recorded):  # a new one would begin without recordings
             self._draw = compiled(self.tokenizer, self.transformer)

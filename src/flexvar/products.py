@@ -18,10 +18,11 @@ def convolving_pays() -> bool:
 def multiply_in_groups(rows: Tensor, weights: Tensor) -> Tensor:
     """Rows (n, groups, in) times the weights (groups, out, in) of their group: (n, groups, out).
 
-    A 1x1 convolution of a map of n pixels, whose channels are those of all groups side by side.
+    A 1x1 convolution of a map of n pixels, whose channels are those of all groups side by side; in its own precision within autocast too.
     """
     count, groups, _ = rows.shape
     # In channels last; by the strides of a dimension that is put in front of this view, torch would not see that it is.
     pixels = rows.reshape(1, count, 1, -1).permute(0, 3, 1, 2)  # (1, groups * in, n, 1)
-    products = F.conv2d(pixels, weights.flatten(0, 1)[:, :, None, None], groups=groups)  # (1, groups * out, n, 1)
+    with torch.autocast("cpu", enabled=False):
+        products = F.conv2d(pixels, weights.flatten(0, 1)[:, :, None, None], groups=groups)  # (1, groups * out, n, 1)
     return products.permute(0, 2, 3, 1).reshape(count, groups, -1)

@@ -75,7 +75,7 @@ def add_device(command: Parser) -> None:
     command.add_argument(
         "--compile",
         action="store_true",
-        help="prepare the model for speed first (CUDA, or float32 on a CPU): pays for many pictures",
+        help="prepare the model for speed first (CUDA, or float32 or bfloat16 on a CPU): pays for many pictures",
     )
 
 
