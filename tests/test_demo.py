@@ -3,13 +3,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from benchmarks import editing, eight_bits, evaluation, speed
+from benchmarks import editing, evaluation, precision, speed
 from examples import bundle, demo, edit, evaluate, nearest
 from omegaconf import OmegaConf
 from PIL import Image
@@ -75,12 +76,13 @@ def test_the_bundled_model_is_scored_beside_real_renderings(tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_the_price_of_8_bits_is_small(monkeypatch, capsys) -> None:
+def test_the_price_of_less_precision_is_small(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark", "--pictures", "48", "--scenes", "24", "--side", "64"])
-    assert eight_bits.main() == 0
-    likeliest, sampled, *_ = (line.split()[-1] for line in capsys.readouterr().out.splitlines())
-    assert 95 < float(likeliest.strip("%")) < 100
-    assert 88 < float(sampled.strip("%")) < 100
+    assert precision.main() == 0
+    exact, *others = (re.findall(r"(\d+\.\d)%", line)[:2] for line in capsys.readouterr().out.splitlines())
+    assert exact == ["100.0", "100.0"]
+    assert len(others) == 2
+    assert all(95 < float(likeliest) < 100 and 88 < float(sampled) < 100 for likeliest, sampled in others)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""What 8-bit weights cost in quality: `python -m benchmarks.eight_bits [--model FOLDER] [--side PIXELS] [--pictures 960] [--scenes 480]`.
+"""What less precision costs in quality: `python -m benchmarks.precision [--model FOLDER] [--side PIXELS] [--pictures 960] [--scenes 480]`.
 
-The model is compared with itself in float32: on unseen scenes, whose codes are given, by the likeliest and the sampled codes of every
-scale (guided, as in drawing) and by the loss; then by the class accuracy of pictures drawn from the same seeds. Timings: benchmarks.speed.
+The model with 8-bit weights, and in bfloat16, is compared with itself in float32: on unseen scenes, whose codes are given, by the likeliest
+and the sampled codes of every scale (guided, as in drawing) and by the loss; then by the class accuracy of pictures drawn from the same
+seeds. Timings: benchmarks.speed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from flexvar.zoo import bundled_folder
 
 def main() -> int:
     """Prints one measure a line; gives the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.eight_bits", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=bundled_folder("emoji"), metavar="FOLDER", help="default: the bundled one")
     parser.add_argument("--side", type=int, help="of all pictures, in px (default: the model's own)")
     parser.add_argument("--pictures", type=int, default=960, help="samples to draw (default 960)")
@@ -38,30 +39,54 @@ def main() -> int:
     words = parser.parse_args()
     torch.set_num_threads(THREADS)
     plain = load(words.model)
-    assert plain.transformer is not None
-    rounded = copy.deepcopy(plain)
-    assert rounded.transformer is not None
-    to_int8(rounded.transformer)
-
     side, names = words.side or plain.defaults.height, plain.class_names
     schedule = Settings(plain).schedule_of(side, side)
     scenes, labels = renderings(EmojiScenes(names), words.scenes, (side, side), UNSEEN_SEED)
-    one, other = (said(model, scenes, labels, schedule) for model in (plain, rounded))
-    print(f"likeliest codes that agree   {(one[0] == other[0]).float().mean():.1%}")
-    print(f"sampled codes that agree     {(one[1] == other[1]).float().mean():.1%}")
-    print(f"loss                         {one[2]:.4f} in float32, {other[2]:.4f}")
+    codes = codes_of(plain, scenes, schedule)
     classifier = load_classifier()
     meaning = torch.tensor([classifier.class_names.index(name) for name in names])
     drawn = torch.arange(words.pictures) % len(names)
-    for title, model in (("float32", plain), ("8 bits", rounded)):
+    exact = None
+    for title, model in (("float32", plain), ("8 bits", with_8_bits(plain)), ("bfloat16", in_bfloat16(plain))):
+        likeliest, sampled, loss = said(model, codes, labels, schedule)
+        exact = exact or (likeliest, sampled)
+        same = [f"{(one == other).float().mean():.1%}" for one, other in zip((likeliest, sampled), exact, strict=True)]
         pictures = draw(model, schedule, drawn.tolist(), range(words.pictures))
-        print(f"samples in their class       {shares(*class_accuracy(classifier, pictures, meaning[drawn]))}, {title}", flush=True)
+        accuracy = shares(*class_accuracy(classifier, pictures.float(), meaning[drawn]))
+        print(
+            f"{title}: codes as in float32, likeliest {same[0]}, sampled {same[1]}; loss {loss:.4f}; samples in their class {accuracy}",
+            flush=True,
+        )
     return 0
 
 
+def with_8_bits(model: Model) -> Model:
+    """A copy whose blocks have 8-bit weights."""
+    rounded = copy.deepcopy(model)
+    assert rounded.transformer is not None
+    to_int8(rounded.transformer)
+    return rounded
+
+
+def in_bfloat16(model: Model) -> Model:
+    """A copy whose networks are."""
+    rounded = copy.deepcopy(model)
+    assert rounded.transformer is not None
+    rounded.transformer.bfloat16()
+    rounded.tokenizer.bfloat16()
+    return rounded
+
+
 @torch.no_grad()
-def said(model: Model, scenes: Tensor, labels: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, float]:
-    """Of scenes (N, 3, H, W) whose codes are given: the likeliest and the sampled codes (N, L) of every scale, and the loss."""
+def codes_of(model: Model, scenes: Tensor, schedule: Schedule) -> list[Tensor]:
+    """The codes (N, h, w) of scenes (N, 3, H, W) at every scale."""
+    parts = [model.tokenizer.codes(model.tokenizer.features(part), schedule) for part in scenes.split(AT_ONCE)]
+    return [torch.cat(scale) for scale in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def said(model: Model, given: list[Tensor], labels: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, float]:
+    """Where codes (N, h, w) of every scale are given: the likeliest and the sampled codes (N, L) after those before, and the loss."""
     tokenizer, transformer = model.tokenizer, model.transformer
     assert transformer is not None
     likeliest: list[Tensor] = []
@@ -74,9 +99,9 @@ def said(model: Model, scenes: Tensor, labels: Tensor, schedule: Schedule) -> tu
         sampled.append(codes.flatten())
         return codes
 
-    for start in range(0, len(scenes), AT_ONCE):
+    for start in range(0, len(labels), AT_ONCE):
         part = slice(start, start + AT_ONCE)
-        codes = tokenizer.codes(tokenizer.features(scenes[part]), schedule)
+        codes = [scale[part] for scale in given]
         settings = {"guidance": model.defaults.guidance, "sampling": model.defaults.sampling}
         way = partial(draw_scales, choose=watched)
         seeds = range(start, start + len(labels[part]))
