@@ -23,9 +23,10 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(params=["AVX2", "AVX512"])
-def packing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """As on the processors for which `compile()` lays weights out, whichever this one is."""
+def packing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """As on the processors for which `compile()` lays weights out, whichever this one is; gives what they have."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

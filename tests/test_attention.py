@@ -191,7 +191,7 @@ def test_flex_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attention, "flex_attention", attention._compiled_flex_attention())
     stance = "default"
     for sizes in ([1, 5, 11], [1, 3, 7, 13], [(1, 1), (4, 7), (9, 16)]):
-        with torch.compiler.set_stance(stance):
+        with torch.compiler.set_stance(stance):  # an error where it is compiled again
             test_flex_gives_the_values_of_the_mask(sizes)
         stance = "fail_on_recompile"
 

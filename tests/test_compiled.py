@@ -75,15 +75,14 @@ def logits_of(networks: tuple[Tokenizer, Transformer]) -> Tensor:
     return torch.cat(seen, 1)
 
 
-@pytest.mark.usefixtures("packing")
-def test_packed_layers_say_the_same_logits(networks: tuple[Tokenizer, Transformer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_layers_say_the_same_logits(networks: tuple[Tokenizer, Transformer], packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "NARROWEST_HEAD", 1)
     monkeypatch.setattr(attention, "FEWEST_SCORES", 1)
     plain = logits_of(networks)
     compiled(*networks)
     first = networks[1].layers[0]
     assert isinstance(first.mlp.rise, PackedLinear)
-    assert (first.attention.attend is attention.by_convolutions) == (torch.backends.cpu.get_cpu_capability() == "AVX512")
+    assert (first.attention.attend is attention.by_convolutions) == (packing == "AVX512")
     packed = logits_of(networks)
     assert torch.allclose(packed, plain, rtol=1e-4, atol=1e-5)
     assert not torch.equal(packed, plain)  # by other kernels

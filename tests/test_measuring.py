@@ -88,7 +88,29 @@ def test_a_drawing_is_measured(cost: Plan) -> None:
     measured = measure_drawing(cost, *random_networks(cost, CPU), repeats=2)
     assert len(measured.drawn) == 2
     assert measured.device == "cpu"
-    assert 0 < measured.share(measured.rates.unhindered) <= measured.share(measured.rates)
+    assert all(part > 0 for seconds in measured.drawn for part in seconds.parts)
+
+
+def test_a_share_is_the_floor_over_the_median(cost: Plan) -> None:
+    took = [Seconds(0.1, (0.1, 0.1, 0.1, 0.1), 0.1, 0.1, 0.3 + n) for n in (0, 3, 1)]  # 1, 4 and 2 in all
+    measured = Measured(cost, "abacus", SLOW, FAST, tuple(took))
+    products, convolutions = cost.flops.transformer + cost.flops.decoder_attention, cost.flops.decoder_convolutions
+    assert measured.share(FAST.unhindered) == pytest.approx((products / 2e9 + convolutions / 4e9) / 2)
+
+
+def test_where_packed_layers_are_faster_both_floors_are_told(cost: Plan) -> None:
+    took = (Seconds(0.1, (0.1, 0.1, 0.1, 0.1), 0.1, 0.1, 0.3),)
+
+    def told(packed: float) -> dict[str, list[str]]:
+        rates = replace(FAST, packed=packed)
+        lines = Measured(cost, "abacus", rates, rates, took).lines()
+        return {line[:27].strip(): line[27:].split() for line in lines}
+
+    assert "the same, layers unpacked" not in told(1e9)
+    rows = told(8e9)
+    floors = [floor(cost, Rates(products, 4e9, math.inf)).all for products in (8e9, 2e9)]
+    assert rows["all, by FLOP alone"] == [f"{1e3 * floors[0]:.3f}", f"{floors[0]:.2f}"]
+    assert rows["the same, layers unpacked"] == [f"{1e3 * floors[1]:.3f}", f"{floors[1]:.2f}"]
 
 
 def test_the_table_is_the_account(cost: Plan) -> None:
@@ -150,11 +172,15 @@ def test_the_benchmark_and_the_command_have_one_account(cost: Plan, monkeypatch:
     monkeypatch.setattr(speed, "keep_memory", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     words = ["speed", "--depth", "2", "--height", "64", "--width", "96", "--steps", "2", "--batch", "2", "--int8", "--dtype", "bfloat16"]
-    for target, status in (("0.0", 0), ("99", 1)):
-        monkeypatch.setattr("sys.argv", [*words, "--target", target])
+    monkeypatch.setattr(speed, "compiled", lambda *_: None)
+    for more, target, status in (
+        (["--target", "0"], 0.0, 0), (["--target", "99"], 99.0, 1), ([], 0.7, 0), (["--compile"], 0.8, 0),
+        (["--compile", "--batch", "4"], 0.85, 0),
+    ):  # fmt: skip
+        monkeypatch.setattr("sys.argv", [*words, *more])
         assert speed.main() == status
         said = capsys.readouterr().out
-        assert "\n".join(measured(asked[0]).lines()) in said
-        assert said.splitlines()[-1].startswith(f"target {float(target):.2f} by FLOP alone {'missed' if status else 'reached'}: ")
+        assert "\n".join(measured(asked[-1]).lines()) in said
+        assert said.splitlines()[-1].startswith(f"target {target:.2f} by FLOP alone {'missed' if status else 'reached'}: ")
     config = asked[0].transformer
     assert asked[0] == plan(config, asked[0].tokenizer, Schedule.for_size(64, 96, 2), batch=2, dtype=torch.bfloat16, int8=True)

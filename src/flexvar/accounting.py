@@ -271,7 +271,7 @@ def floor(cost: Plan, rates: Rates) -> Seconds:
     """The least seconds that the rates of a device allow: of each part, at each scale, its FLOPs or its bytes, whichever take longer."""
 
     def least(products: int, moved: int, convolutions: int = 0) -> float:
-        return max(products / rates.products + convolutions / rates.convolutions, moved / rates.memory)
+        return max(products / rates.fastest_products + convolutions / rates.convolutions, moved / rates.memory)
 
     flops, moved = cost.flops, cost.bytes
     scales = list(zip(flops.scales, moved.scales, strict=True))

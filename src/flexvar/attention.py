@@ -19,13 +19,16 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from flexvar.products import multiply_in_groups
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values (B, H, n, D / H) of new tokens to what they attend to (B, H, n, D / H); scores are q·k, not scaled."""
+"""Queries (B, H, n, D / H) of new tokens, keys and values (B, H, m, D / H) to what they attend to (B, H, n, D / H).
+
+Scores are q·k, not scaled. In training the keys and values are those of the new tokens, m = n; in drawing, of earlier scales too.
+"""
 
 NARROWEST_HEAD, FEWEST_SCORES = 32, 2**18
 """For which attention by convolutions is worth it: with less of either, torch's is as fast or faster (benchmarks/RESULTS.md, machine D)."""
 
 MOST_SCORES = 2**24
-"""That it holds at the same time, of one picture: 64 MiB. Fewer take longer, since each time the keys are laid out anew."""
+"""Of one picture at the same time, before and after the softmax: 128 MiB. Fewer take longer, as keys are laid out anew each time."""
 
 AttentionName: TypeAlias = Literal["by-scale", "mask", "flex", "padded"]
 
@@ -108,8 +111,9 @@ def by_convolutions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     attended = torch.empty_like(q.transpose(1, 2))  # (B, n, H, D/H)
     at_once = max(1, MOST_SCORES // (k.shape[1] * k.shape[2]))  # queries
     for queries, keys, values, result in zip(q.transpose(1, 2), k, v.mT, attended, strict=True):
+        keys = keys.float()
         for some, theirs in zip(queries.split(at_once), result.split(at_once), strict=True):
-            scores = multiply_in_groups(some.float(), keys.float())  # (n, H, keys)
+            scores = multiply_in_groups(some.float(), keys)  # (n, H, keys)
             theirs.copy_(multiply_in_groups(scores.softmax(-1).to(v.dtype), values))  # (n, H, D/H)
     return attended.transpose(1, 2)
 

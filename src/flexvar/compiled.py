@@ -1,7 +1,7 @@
 """Faster ways to run the loop over scales, chosen by `pipe.compile()`: the same pictures up to rounding.
 
-CPU: the C library keeps the memory of one picture for the next; the transformer's weights are laid out for oneDNN; in float32 the tokenizer
-convolves with fewer products.
+CPU: the C library keeps the memory of one picture for the next; in float32, and in bfloat16 with AVX-512, the transformer's weights are
+laid out for oneDNN; with AVX-512 attention is computed by convolutions; in float32 the tokenizer convolves with fewer products.
 CUDA: each half of a block and the decoder become few kernels (torch.compile), codes are chosen by one Triton kernel, and all scales with
 the decoding are recorded once as a CUDA graph: nothing is launched or waited for between scales.
 """
@@ -52,7 +52,7 @@ Work: TypeAlias = Callable[[], list[Tensor]]
 Record: TypeAlias = Callable[[Work], tuple[list[Tensor], Callable[[], None]]]
 
 
-PREPARING = Lock()
+COMPILING = Lock()
 """Networks are changed by one thread at a time."""
 
 
@@ -63,15 +63,16 @@ def compiled(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     prepared it before. On a CPU this sets the C library of the whole process (`keep_memory`). Raises ModuleNotFoundError on CUDA
     without Triton.
     """
-    with PREPARING:
+    with COMPILING:
         if transformer.device.type == "cpu":
-            prepare_for_cpu(tokenizer, transformer)
+            _compile_for_cpu(tokenizer, transformer)
         elif transformer.device.type == "cuda":
-            return prepared_for_cuda(tokenizer, transformer)
+            return _compiled_for_cuda(tokenizer, transformer)
     return draw_scales
 
 
-def prepare_for_cpu(tokenizer: Tokenizer, transformer: Transformer) -> None:
+def _compile_for_cpu(tokenizer: Tokenizer, transformer: Transformer) -> None:
+    """Changes both networks; the loop stays."""
     keep_memory()
     packs, exact = can_pack(transformer.device, transformer.dtype), transformer.dtype == torch.float32
     if packs and "compiled" not in transformer.made_faster:
@@ -85,7 +86,8 @@ def prepare_for_cpu(tokenizer: Tokenizer, transformer: Transformer) -> None:
         transformer.made_faster |= {"compiled"}
 
 
-def prepared_for_cuda(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
+def _compiled_for_cuda(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
+    """Changes both networks, and gives the way to draw by recordings."""
     if find_spec("triton") is None:
         raise ModuleNotFoundError("compiling for CUDA needs Triton, which torch brings along on Linux; install it, or draw without")
     from flexvar.fused_sampling import choose

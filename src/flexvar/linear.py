@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexvar.products import has_avx512
 from flexvar.transformer import MLP, SelfAttention, Transformer
 
 LARGEST = 127
@@ -175,7 +176,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)  # opaque but for its dtype and device
         self.bias = bias.detach().clone()
-        joined = gelu and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        joined = gelu and has_avx512()
         self.after, self.form = ("gelu", "tanh") if joined else ("none", "")
         self.gelu = gelu and not joined
 
@@ -197,19 +198,21 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether layers can be packed there: on a CPU whose products oneDNN speeds up, in float32, with AVX-512 in bfloat16 too."""
     if device.type != "cpu" or not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    processor = torch.backends.cpu.get_cpu_capability()
     if dtype == torch.bfloat16:
-        return processor == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # oneDNN can be told to do without
-    return dtype == torch.float32 and processor in ("AVX2", "AVX512")
+        return has_avx512() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # oneDNN can be told to do without
+    return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def pack(transformer: Transformer) -> None:
-    """Lays the weights of head, class modulation and blocks, where these are not of 8 bits, out for oneDNN, in place and for good.
+    """Lays weights out for oneDNN, in place and for good, where `can_pack`: of blocks that are not of 8 bits, head and modulation.
 
-    Where `can_pack`. The head's weights are in float32 whatever the others are (`flexvar.generation.full_logits`).
+    The last two with AVX-512 only: without, nothing was gained (benchmarks/RESULTS.md, machine C). The head's weights are in float32
+    whatever the others are (`flexvar.generation.full_logits`).
     """
     if not isinstance(transformer.layers[0].attention, FastAttention):
         exchange_layers(transformer, PackedLinear)
+    if not has_avx512():
+        return
     shared = transformer.shared_modulation is not None
     modulations = [(transformer, "shared_modulation")] if shared else [(block, "modulation") for block in transformer.layers]
     for owner, name in (*modulations, (transformer, "final_modulation")):

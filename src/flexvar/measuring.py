@@ -61,10 +61,12 @@ class Measured:
             measured = f"{'-':>12}{'-':>9}" if seconds is None else f"{1e3 * seconds:>12.3f}{needed / seconds:>9.2f}"
             lines.append(f"{name:<27}{amount(work):>12}{amount(moved):>12}{1e3 * needed:>12.3f}{measured}")
         bare = self.rates.unhindered
-        lines.append(f"{'all, by FLOP alone':<27}{'':24}{1e3 * floor(cost, bare).all:>12.3f}")
+        alone = [("all, by FLOP alone", bare)] + ([("the same, layers unpacked", bare.unpacked)] if bare.packed > bare.products else [])
+        for name, rates in alone:
+            share = f"{'':12}{self.share(rates):>9.2f}" if self.drawn else ""
+            lines.append(f"{name:<27}{'':24}{1e3 * floor(cost, rates).all:>12.3f}{share}")
         if self.drawn:
             every = [1e3 * seconds.all for seconds in self.drawn]
-            lines[-1] += f"{'':12}{self.share(bare):>9.2f}"
             lines.append(f"median of {len(every)} with random weights, {min(every):.0f} to {max(every):.0f} ms, after one that warms up")
         return lines
 

@@ -7,12 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def convolving_pays() -> bool:
-    """Whether `multiply_in_groups` is the faster way: with AVX-512 twice as fast as MKL's `bmm` on an AMD processor, without half as fast.
-
-    Beside an Intel processor's `bmm` it is unmeasured (benchmarks/RESULTS.md, machines C and D).
-    """
+def has_avx512() -> bool:
+    """Whether torch uses AVX-512 on this processor."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def convolving_pays() -> bool:
+    """Whether `multiply_in_groups` is the faster way: with AVX-512, where it is twice as fast as MKL's `bmm` on an AMD processor.
+
+    Without, it takes two to seven times as long (benchmarks/RESULTS.md, machines D and C). Beside an Intel processor's `bmm` with AVX-512
+    it is unmeasured.
+    """
+    return has_avx512()
 
 
 def multiply_in_groups(rows: Tensor, weights: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -38,26 +37,36 @@ CONVOLUTIONS = ((128, 1), (256, 2), (256, 4))  # channels of the released decode
 class Rates:
     """Of one device, in one precision."""
 
-    products: float  # FLOP/s of large products of matrices, with weights in the faster layout
+    products: float  # FLOP/s of large products of matrices, by torch's own layers
     convolutions: float  # FLOP/s of 3x3 convolutions, in the faster format
     memory: float  # bytes/s
     format: str = ""  # the faster one: "NCHW" or "channels last"
-    layout: str = ""  # the faster one: "plain" or "packed"
+    packed: float = 0.0  # FLOP/s of the same products by packed layers (`flexvar.linear`); 0 where there are none
 
     def __str__(self) -> str:
-        products = f"products {_giga(self.products)} GFLOP/s{self.layout and f' ({self.layout})'}"
+        products = f"products {_giga(self.products)} GFLOP/s{f', packed {_giga(self.packed)}' if self.packed else ''}"
         convolutions = f"3x3 convolutions {_giga(self.convolutions)}{self.format and f' ({self.format})'}"
         return f"{products}, {convolutions}, memory {_giga(self.memory)} GB/s"
 
     def better(self, other: Rates) -> Rates:
         """The larger one of each rate."""
-        multiplies, convolves = (max(self, other, key=attrgetter(name)) for name in ("products", "convolutions"))
-        memory = max(self.memory, other.memory)
-        return Rates(multiplies.products, convolves.convolutions, memory, convolves.format, multiplies.layout)
+        faster = max(self, other, key=lambda rates: rates.convolutions)
+        larger = {name: max(getattr(self, name), getattr(other, name)) for name in ("products", "memory", "packed")}
+        return replace(faster, **larger)
 
     def apart(self, other: Rates) -> bool:
         """Whether products or convolutions differ by more than a tenth: other work disturbed one of the two."""
-        return disturbed(self.products, other.products) or disturbed(self.convolutions, other.convolutions)
+        return any(disturbed(getattr(self, name), getattr(other, name)) for name in ("products", "convolutions", "packed"))
+
+    @property
+    def fastest_products(self) -> float:
+        """FLOP/s of products by the faster of the two kinds of layers."""
+        return max(self.products, self.packed)
+
+    @property
+    def unpacked(self) -> Rates:
+        """As if there were no packed layers."""
+        return replace(self, packed=0.0)
 
     @property
     def unhindered(self) -> Rates:
@@ -78,29 +87,21 @@ def measure_rates(
     On a CPU the products are those of an MLP of this width on so many rows, and the convolutions those of a decoder of pictures (B, H, W):
     it is filled by what is drawn, and larger ones take long. Elsewhere they are larger than either.
     """
-    convolutions, format = _convolution_rate(device, dtype, *pictures)
-    products, layout = _product_rate(device, dtype, rows, width)
-    return Rates(products, convolutions, _memory_rate(device), format, layout)
+    convolutions, name = _convolution_rate(device, dtype, *pictures)
+    products = _product_rate(device, dtype, rows, width, plain_linear)
+    packed = _product_rate(device, dtype, rows, width, PackedLinear) if can_pack(device, dtype) else 0.0
+    return Rates(products, convolutions, _memory_rate(device), name, packed)
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> tuple[float, str]:
-    """FLOP/s of products of matrices of random numbers in the faster layout, and its name.
-
-    An MLP's two on a CPU, a large square one elsewhere.
-    """
+def _product_rate(device: torch.device, dtype: torch.dtype, rows: int, width: int, make: MakeLinear) -> float:
+    """FLOP/s of products of matrices of random numbers by such layers: an MLP's two on a CPU, a large square one elsewhere."""
     rows = min(rows, MOST_ROWS)
     shapes = [(rows, width, 4 * width), (rows, 4 * width, width)] if device.type == "cpu" else [(LARGE_PRODUCT,) * 3]
-    best = (0.0, "")
-    layouts: list[tuple[MakeLinear, str]] = [(plain_linear, "plain")]
-    if can_pack(device, dtype):
-        layouts.append((PackedLinear, "packed"))
-    for make, name in layouts:
-        rates = []
-        for count, narrow, wide in shapes:
-            x, weight, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((count, narrow), (wide, narrow), (wide,)))
-            rates.append(_rate(device, partial(make(weight, bias), x), 2 * count * narrow * wide))
-        best = max(best, (statistics.harmonic_mean(rates), name))
-    return best
+    rates = []
+    for count, narrow, wide in shapes:
+        x, weight, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((count, narrow), (wide, narrow), (wide,)))
+        rates.append(_rate(device, partial(make(weight, bias), x), 2 * count * narrow * wide))
+    return statistics.harmonic_mean(rates)
 
 
 def _convolution_rate(device: torch.device, dtype: torch.dtype, batch: int, height: int, width: int) -> tuple[float, str]:

@@ -32,10 +32,10 @@ FEWEST_CHANNELS = 96
 """With fewer, in or out, the additions take longer than the products that they save."""
 
 MOST_WEIGHTS = 256 * 256
-"""Channels in times channels out. The released tokenizer has more only on its smallest maps, and would need three times the memory."""
+"""Channels in times channels out. The released tokenizer has more only on its smallest maps, and would need four times the memory."""
 
 PIECE = 2**16
-"""Tiles times channels of a piece: larger ones gain no more, smaller ones take longer with AVX-512 (benchmarks/RESULTS.md)."""
+"""Tiles times channels of a piece. Which is best depends on the layer; 2**15 to 2**17 are mostly within a tenth (benchmarks/RESULTS.md)."""
 
 
 def pays(weight: Tensor) -> bool:
