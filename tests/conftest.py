@@ -18,6 +18,7 @@ from flexvar.official import WITHOUT_MEANING, tokenizer_from_released, transform
 from golden import weights
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: sums of more threads are other sums
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whichever test does it
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 from flexvar import FlexVARPipeline, Tokenizer, Transformer, TransformerConfig, linear
 from flexvar.checkpoint import Defaults, Model, save
 from flexvar.cli import main
+from flexvar.counting import bytes_of
 from flexvar.linear import (
     Int8Linear,
     IntegerProduct,
@@ -74,11 +76,9 @@ def test_pictures_are_near_and_the_same_in_any_batch(model: Model) -> None:
 
 def test_it_takes_a_quarter_of_the_memory(model: Model) -> None:
     transformer = model.transformer
-    before = sum(weight.numel() for block in transformer.layers for name, weight in block.named_parameters() if name.endswith("weight"))
+    weights, before = transformer.config.depth * 12 * transformer.config.width**2, bytes_of(transformer.blocks)
     to_int8(transformer)
-    after = sum(weight.numel() for block in transformer.layers for name, weight in block.named_parameters() if name.endswith("weight"))
-    width = transformer.config.width
-    assert before - after == transformer.config.depth * 12 * width**2  # those of the blocks are no float32 parameters any more
+    assert 0.9 * 3 * weights < before - bytes_of(transformer.blocks) <= 3 * weights  # each row has a scale too
 
 
 def test_they_take_bfloat16_and_give_it_back() -> None:
@@ -170,9 +170,20 @@ def test_a_packed_layer_in_bfloat16_gives_the_same() -> None:
 @pytest.mark.parametrize(("processor", "packed"), [("DEFAULT", []), ("AVX2", ["float32"]), ("AVX512", ["float32", "bfloat16"])])
 def test_which_layers_are_packed(processor: str, packed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(linear, "_packing_works", lambda dtype: True)
     assert [name for name in ("float32", "bfloat16", "float16") if can_pack(torch.device("cpu"), getattr(torch, name))] == packed
     assert not can_pack(torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize("found", [AttributeError("no such operation"), RuntimeError("other arguments"), [torch.zeros(8, 8)]])
+def test_layers_are_not_packed_by_a_torch_that_does_it_otherwise(found, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    linear._packing_works.cache_clear()
+    with mock.patch.object(PackedLinear, "forward", side_effect=found):
+        pipe = FlexVARPipeline(model).compile()  # the tokenizer alone
+    linear._packing_works.cache_clear()
+    assert not any(isinstance(module, PackedLinear) for module in pipe.transformer.modules())
+    assert can_pack(torch.device("cpu"), torch.float32)
 
 
 def test_bfloat16_is_not_packed_where_onednn_does_without() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexvar import Tokenizer, TokenizerConfig
-from flexvar.compiled import prepare
+from flexvar.compiled import save_products
 from flexvar.tokenizer import winograd
 from flexvar.tokenizer.networks import Convolution
 
@@ -44,7 +44,7 @@ def test_convolves_any_map_in_pieces_of_any_size(
         x = x.contiguous(memory_format=torch.channels_last)
     before = x.clone()
     with mock.patch.object(winograd, "PIECE", piece), mock.patch.object(winograd, "convolving_pays", return_value=convolving):
-        y = winograd.convolve(x, winograd.weights_at_points(weight), bias)
+        y = winograd.convolve(x, winograd.filter_transform(weight), bias)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(x, before)
     torch.testing.assert_close(y.double(), exact(x, weight, bias), rtol=0, atol=1e-4)
@@ -57,7 +57,7 @@ def test_is_off_by_no_more_than_it_says(convolving: bool, monkeypatch: pytest.Mo
     x, bias = torch.randn(1, 128, 64, 64, generator=generator), torch.randn(128, generator=generator)
     weight = torch.randn(128, 128, 3, 3, generator=generator) / 34
     right = exact(x, weight, bias)
-    off, plain = (winograd.convolve(x, winograd.weights_at_points(weight), bias) - right), F.conv2d(x, weight, bias, padding=1) - right
+    off, plain = (winograd.convolve(x, winograd.filter_transform(weight), bias) - right), F.conv2d(x, weight, bias, padding=1) - right
     assert off.abs().max() < 1e-4  # of outputs of a size of about 1
     assert off.abs().max() > plain.abs().max()  # or the docstring claims too much
 
@@ -67,7 +67,7 @@ def test_a_picture_does_not_depend_on_its_batch(convolving: bool, monkeypatch: p
     monkeypatch.setattr(winograd, "convolving_pays", lambda: convolving)
     generator = torch.Generator().manual_seed(0)
     x, bias = torch.randn(3, 96, 16, 24, generator=generator), torch.randn(100, generator=generator)
-    weight = winograd.weights_at_points(torch.randn(100, 96, 3, 3, generator=generator))
+    weight = winograd.filter_transform(torch.randn(100, 96, 3, 3, generator=generator))
     together = winograd.convolve(x, weight, bias)
     assert torch.equal(together, torch.cat([winograd.convolve(one[None], weight, bias) for one in x]))
 
@@ -80,13 +80,13 @@ def test_the_processor_says_how_the_products_are_laid_out(packing: str) -> None:
     torch.testing.assert_close(winograd.multiply(values, weights), torch.einsum("ptc,poc->pto", values, weights))
 
 
-def test_a_prepared_tokenizer_paints_and_reads_the_same() -> None:
+def test_a_tokenizer_that_saves_products_paints_and_reads_the_same() -> None:
     torch.manual_seed(0)
     shape = TokenizerConfig(channels=96, multipliers=(1, 1), blocks=1, z_channels=32, norm_groups=8, codebook_size=64, code_width=8)
     tokenizer = Tokenizer(shape).eval()
     codes, picture = torch.randint(64, (2, 4, 8)), torch.randn(1, 3, 16, 8)
     painted, features, saved = tokenizer.decode(codes), tokenizer.features(picture), set(tokenizer.state_dict())
-    prepare(tokenizer)
+    save_products(tokenizer)
     with mock.patch.object(winograd, "convolve", wraps=winograd.convolve) as convolve:
         again = tokenizer.decode(codes)
         assert convolve.call_count == sum(isinstance(module, Convolution) for module in tokenizer.decoder.modules()) == 12
@@ -110,8 +110,8 @@ def test_a_prepared_tokenizer_paints_and_reads_the_same() -> None:
 )
 def test_pays_for_weights_that_are_neither_small_nor_large(inputs: int, outputs: int, pays: bool) -> None:
     layer = Convolution(inputs, outputs)
-    layer.prepare()
-    assert (layer.at_points is not None) == pays
+    layer.use_winograd()
+    assert (layer.winograd_filters is not None) == pays
     half = layer.to(torch.bfloat16)
-    half.prepare()
-    assert half.at_points is None
+    half.use_winograd()
+    assert half.winograd_filters is None

@@ -100,14 +100,19 @@ def flex(counts: Sequence[int], device: torch.device) -> Attend:
     return attend
 
 
+def all_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """An Attend for drawing, where there are no later scales: all queries see all keys."""
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)  # (B, H, n, D/H)
+
+
 def by_convolutions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """An Attend for one scale, without gradients: all queries see all keys. On CPUs where `convolving_pays`.
+    """`all_keys` without gradients, for CPUs where `convolving_pays`.
 
     Both products of all heads are one convolution each. Scores are in float32 whatever the precision is. A picture's do not depend on the
     rest of the batch. Where torch's own attention is faster it is taken (NARROWEST_HEAD, FEWEST_SCORES).
     """
     if q.shape[-1] < NARROWEST_HEAD or q.shape[1] * q.shape[2] * k.shape[2] < FEWEST_SCORES:
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)  # (B, H, n, D/H)
+        return all_keys(q, k, v)  # (B, H, n, D/H)
     attended = torch.empty_like(q.transpose(1, 2))  # (B, n, H, D/H)
     at_once = max(1, MOST_SCORES // (k.shape[1] * k.shape[2]))  # queries
     for queries, keys, values, result in zip(q.transpose(1, 2), k, v.mT, attended, strict=True):

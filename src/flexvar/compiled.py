@@ -22,7 +22,7 @@ from torch.fx.experimental import _config as shapes
 
 from flexvar.attention import by_convolutions
 from flexvar.generation import Choose, Draw, Request, Step, draw_scales
-from flexvar.linear import FastAttention, can_pack, pack, plain_linear
+from flexvar.linear import can_pack, exchange_projection, pack, plain_linear
 from flexvar.memory import is_out_of_memory
 from flexvar.processes import keep_memory
 from flexvar.products import convolving_pays
@@ -79,9 +79,9 @@ def _compile_for_cpu(tokenizer: Tokenizer, transformer: Transformer) -> None:
         pack(transformer)
         if convolving_pays():
             for block in transformer.layers:
-                block.attention.attend = by_convolutions  # type: ignore[method-assign]
+                block.attention.attend = by_convolutions
     if exact:
-        prepare(tokenizer)
+        save_products(tokenizer)
     if packs or exact:
         transformer.made_faster |= {"compiled"}
 
@@ -99,18 +99,20 @@ def _compiled_for_cuda(tokenizer: Tokenizer, transformer: Transformer) -> Draw:
     return Recorded(cuda_graph, choose, torch.compile(tokenizer.decode))
 
 
-def prepare(tokenizer: Tokenizer) -> None:
-    """Has the tokenizer convolve with fewer products (`Convolution.prepare`, `Upsample.prepare`); what is saved stays the same."""
+def save_products(tokenizer: Tokenizer) -> None:
+    """Has the tokenizer convolve with fewer products; what is saved stays the same."""
     for module in tokenizer.modules():
-        if isinstance(module, Convolution | Upsample):
-            module.prepare()
+        if isinstance(module, Convolution):
+            module.use_winograd()
+        elif isinstance(module, Upsample):
+            module.fold()
 
 
 def fuse(transformer: Transformer) -> None:
     """Lets torch.compile join what stands between the large products; it compiles when it first draws, once for all blocks."""
     for block in transformer.layers:
-        if not isinstance(block.attention, FastAttention):
-            block.attention = FastAttention(block.attention, plain_linear)  # whose bias is joined once, not at every call
+        if block.attention.joined is None:
+            exchange_projection(block.attention, plain_linear)  # whose bias is joined once, not at every call
         block.before = torch.compile(block.before, dynamic=True)  # type: ignore[method-assign]
         block.after = torch.compile(block.after, dynamic=True)  # type: ignore[method-assign]
 

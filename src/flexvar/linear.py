@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexvar.products import has_avx512
-from flexvar.transformer import MLP, SelfAttention, Transformer
+from flexvar.transformer import SelfAttention, Transformer
 
 LARGEST = 127
 SMALLEST = 1e-12  # so that a row of zeros stays one
@@ -41,33 +41,6 @@ class MakeLinear(Protocol):
     def __call__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> nn.Module: ...
 
 
-class FastAttention(SelfAttention):
-    """Attention with other linear layers."""
-
-    def __init__(self, attention: SelfAttention, make: MakeLinear) -> None:
-        nn.Module.__init__(self)
-        self.heads, self.log_scale = attention.heads, attention.log_scale
-        self.fast_qkv = make(attention.qkv.weight, attention.bias)
-        self.out = make(attention.out.weight, attention.out.bias)  # type: ignore[assignment]
-
-    def project(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.fast_qkv(x)
-        return projected  # (B, n, 3D)
-
-
-class FastMLP(MLP):
-    """An MLP with other linear layers."""
-
-    def __init__(self, mlp: MLP, make: MakeLinear) -> None:
-        nn.Module.__init__(self)
-        self.rise = make(mlp.rise.weight, mlp.rise.bias, gelu=True)  # type: ignore[assignment]
-        self.fall = make(mlp.fall.weight, mlp.fall.bias)  # type: ignore[assignment]
-
-    def forward(self, x: Tensor) -> Tensor:
-        fallen: Tensor = self.fall(self.rise(x))
-        return fallen  # (B, n, D)
-
-
 def plain_linear(weight: Tensor, bias: Tensor, *, gelu: bool = False) -> nn.Module:
     """A MakeLinear: the layer itself."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
@@ -75,11 +48,20 @@ def plain_linear(weight: Tensor, bias: Tensor, *, gelu: bool = False) -> nn.Modu
     return nn.Sequential(layer, nn.GELU("tanh")) if gelu else layer
 
 
+def exchange_projection(attention: SelfAttention, make: MakeLinear) -> None:
+    """Replaces the layer that gives queries, keys and values, in place and for good."""
+    attention.joined = make(attention.qkv.weight, attention.bias)
+    del attention.qkv, attention.q_bias, attention.v_bias
+
+
 def exchange_layers(transformer: Transformer, make: MakeLinear) -> None:
     """Replaces the linear layers of all blocks, in place and for good."""
     for block in transformer.layers:
-        block.attention = FastAttention(block.attention, make)
-        block.mlp = FastMLP(block.mlp, make)
+        attention, mlp = block.attention, block.mlp
+        exchange_projection(attention, make)
+        attention.out = make(attention.out.weight, attention.out.bias)  # type: ignore[assignment]
+        mlp.rise, mlp.gelu = make(mlp.rise.weight, mlp.rise.bias, gelu=True), nn.Identity()  # type: ignore[assignment]
+        mlp.fall = make(mlp.fall.weight, mlp.fall.bias)  # type: ignore[assignment]
 
 
 # -- 8 bits --
@@ -196,11 +178,24 @@ def gelu_in_place(x: Tensor) -> Tensor:
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether layers can be packed there: on a CPU whose products oneDNN speeds up, in float32, with AVX-512 in bfloat16 too."""
-    if device.type != "cpu" or not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
-    if dtype == torch.bfloat16:
-        return has_avx512() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # oneDNN can be told to do without
-    return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    fast = has_avx512() if dtype == torch.bfloat16 else torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return fast and _packing_works(dtype)
+
+
+@cache
+def _packing_works(dtype: torch.dtype) -> bool:
+    """Whether a small packed layer gives what it should: torch does not promise the operations that it stands on."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    weight, bias = torch.eye(8, dtype=dtype, device="cpu"), torch.arange(8.0, dtype=dtype, device="cpu")
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # oneDNN can be told to do without
+            return False
+        return torch.equal(PackedLinear(weight, bias)(weight), weight + bias)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def pack(transformer: Transformer) -> None:
@@ -209,7 +204,7 @@ def pack(transformer: Transformer) -> None:
     The last two with AVX-512 only: without, nothing was gained (benchmarks/RESULTS.md, machine C). The head's weights are in float32
     whatever the others are (`flexvar.generation.full_logits`).
     """
-    if not isinstance(transformer.layers[0].attention, FastAttention):
+    if "int8" not in transformer.made_faster:
         exchange_layers(transformer, PackedLinear)
     if not has_avx512():
         return

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flexvar.attention import Attend, AttentionName, attention_named
+from flexvar.attention import Attend, AttentionName, all_keys, attention_named
 from flexvar.checks import check_whole_numbers
 from flexvar.kv_cache import KeyValueCache
 from flexvar.position import PositionMode, initial_table, resample
@@ -90,6 +90,8 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(4)))
         self.out = nn.Linear(width, width)
+        self.joined: nn.Module | None = None  # in place of `qkv` and its bias where it was made faster (`flexvar.linear`)
+        self.attend: Attend = all_keys  # in drawing
 
     @property
     def bias(self) -> Tensor:
@@ -98,6 +100,9 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values side by side."""
+        if self.joined is not None:
+            projected: Tensor = self.joined(x)
+            return projected  # (B, n, 3D)
         return F.linear(x, self.qkv.weight, self.bias)  # (B, n, 3D)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,10 +116,6 @@ class SelfAttention(nn.Module):
             return q.contiguous(), k.contiguous(), v.contiguous()
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What all queries make of all keys, an Attend for drawing: (B, H, n, D/H)."""
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
-
     def write(self, attended: Tensor) -> Tensor:
         """The result (B, n, D) of what attention gave (B, H, n, D/H)."""
         written: Tensor = self.out(attended.transpose(1, 2).flatten(2))
@@ -127,10 +128,11 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.rise = nn.Linear(width, hidden)
+        self.gelu: nn.Module = nn.GELU("tanh")
         self.fall = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fall(F.gelu(self.rise(x), approximate="tanh"))  # (B, n, D)
+        return self.fall(self.gelu(self.rise(x)))  # (B, n, D)
 
 
 class Block(nn.Module):

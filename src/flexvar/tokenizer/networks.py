@@ -24,24 +24,24 @@ class Convolution(nn.Conv2d):
     """A 3x3 convolution that keeps the resolution."""
 
     bias: Tensor
-    at_points: Tensor | None  # (36, out, in)
+    winograd_filters: Tensor | None  # (36, out, in)
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)
-        self.register_buffer("at_points", None, persistent=False)
+        self.register_buffer("winograd_filters", None, persistent=False)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def prepare(self) -> None:
+    def use_winograd(self) -> None:
         """Outside of training, a quarter of the products from now on, up to rounding, for weights and maps for which that pays.
 
-        Which those are say `winograd.pays` and `winograd.takes`. Prepare again when the weights have changed.
+        Which those are say `winograd.pays` and `winograd.takes`. Do it again when the weights have changed.
         """
-        self.at_points = winograd.weights_at_points(self.weight) if winograd.pays(self.weight) else None
+        self.winograd_filters = winograd.filter_transform(self.weight) if winograd.pays(self.weight) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.at_points is not None and not self.training and winograd.takes(x):
-            return winograd.convolve(x, self.at_points, self.bias)  # (B, out, H, W)
+        if self.winograd_filters is not None and not self.training and winograd.takes(x):
+            return winograd.convolve(x, self.winograd_filters, self.bias)  # (B, out, H, W)
         return super().forward(x)  # (B, out, H, W)
 
 
@@ -102,11 +102,11 @@ class Upsample(nn.Conv2d):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def prepare(self) -> None:
+    def fold(self) -> None:
         """Outside of training, one transposed convolution does both from now on, up to rounding, with 4 products where there were 9.
 
         Of the 3 x 3 pixels that each new one is made of, those that repeat the same old pixel have their weights added up beforehand. So
-        prepare again when the weights have changed.
+        do it again when the weights have changed.
         """
         turned = self.weight.flip(2, 3).transpose(0, 1)  # (in, out, 3, 3)
         shifted = [F.pad(turned, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1)]  # (in, out, 4, 4) each

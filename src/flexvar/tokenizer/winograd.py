@@ -2,9 +2,9 @@
 
 Along one axis, four neighbouring outputs are made of six inputs and three weights. Taken as the coefficients of polynomials, their product
 is known from its values at six points (0, 1, -1, 2, -2, infinity), each of them one product of two numbers. So weights become values at
-six points, once; inputs do too, tile by tile; values are multiplied and summed over channels; and four outputs are read off the sums. Along
-both axes that makes 36 products for a tile of 4 x 4 outputs instead of 144. What it adds is done in a piece of the map at a time, which
-the processor's caches hold, and in place.
+six points, once (the filter transform); inputs do too, tile by tile (the input transform); values are multiplied and summed over channels;
+and four outputs are read off the sums (the output transform). Along both axes that makes 36 products for a tile of 4 x 4 outputs instead of
+144. The transforms add in place, in a piece of the map at a time that the processor's caches hold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POINTS = 6
 ONE = 1
 """The point, of the six, at which all four outputs have the weight 1: a number added there is added to each of them."""
 
-WEIGHTS_AT_POINTS = (
+FILTER_TRANSFORM = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
     (-1 / 6, 1 / 6, -1 / 6),
@@ -51,20 +51,20 @@ def takes(x: Tensor) -> bool:
     return plain and x.shape[2] % TILE == 0 and x.shape[3] % TILE == 0
 
 
-def weights_at_points(weight: Tensor) -> Tensor:
-    """Weights (out, in, 3, 3) of a convolution as float32 (36, out, in), by column and row; four times as many numbers."""
-    at = torch.tensor(WEIGHTS_AT_POINTS, dtype=torch.float64, device=weight.device)
-    return torch.einsum("jx,iy,ocyx->jioc", at, at, weight.double()).float().flatten(0, 1).contiguous()
+def filter_transform(weight: Tensor) -> Tensor:
+    """Weights (out, in, 3, 3) of a convolution at all points, float32 (36, out, in), by column and row; four times as many numbers."""
+    axis = torch.tensor(FILTER_TRANSFORM, dtype=torch.float64, device=weight.device)  # (6, 3)
+    return torch.einsum("jx,iy,ocyx->jioc", axis, axis, weight.double()).float().flatten(0, 1).contiguous()
 
 
-def convolve(x: Tensor, at_points: Tensor, bias: Tensor) -> Tensor:
+def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """The convolution, padded by 1, of a map (B, in, H, W), H and W multiples of 4, as (B, out, H, W), channels last.
 
-    `at_points` (36, out, in) are the weights by `weights_at_points`. Outputs are off by less than 1e-4 of their size, some ten times what a
+    filters: (36, out, in), from `filter_transform`. Outputs are off by less than 1e-4 of their size, some ten times what a
     plain convolution is off by. A picture's do not depend on the rest of the batch.
     """
     batch, inputs, height, width = x.shape
-    outputs = at_points.shape[1]
+    outputs = filters.shape[1]
     across, down = width // TILE, height // TILE
     most = min(down, max(1, PIECE // (max(inputs, outputs) * across)))  # rows of tiles in a piece
     result = x.new_empty(batch, height, width, outputs)
@@ -74,7 +74,7 @@ def convolve(x: Tensor, at_points: Tensor, bias: Tensor) -> Tensor:
             rows = min(most, (height - top) // TILE)
             fill(padded[: TILE * rows + 2], picture, top)
             values = values_of(padded[: TILE * rows + 2], rows, across)  # (36, tiles, in)
-            sums = multiply(values, at_points)  # (36, tiles, out)
+            sums = multiply(values, filters)  # (36, tiles, out)
             sums[POINTS * ONE + ONE] += bias
             write(painted[top : top + TILE * rows], sums, rows, across)
     return result.permute(0, 3, 1, 2)
@@ -93,32 +93,32 @@ def values_of(padded: Tensor, rows: int, across: int) -> Tensor:
     """The tiles of a padded piece as values (36, rows * across, in), by column and row; all of a tile side by side if `convolving_pays`."""
     inputs, width = padded.shape[2], padded.shape[1]
     by_row = padded.new_empty(POINTS, rows, width, inputs)
-    inputs_to_points([padded[i : i + TILE * (rows - 1) + 1 : TILE] for i in range(POINTS)], by_row)
+    input_transform([padded[i : i + TILE * (rows - 1) + 1 : TILE] for i in range(POINTS)], by_row)
     if convolving_pays():
         values = padded.new_empty(rows * across, POINTS**2, inputs).transpose(0, 1)
     else:
         values = padded.new_empty(POINTS**2, rows * across, inputs)
     columns = [by_row[:, :, j : j + TILE * (across - 1) + 1 : TILE] for j in range(POINTS)]
-    inputs_to_points(columns, values.view(POINTS, POINTS, rows, across, inputs))
+    input_transform(columns, values.view(POINTS, POINTS, rows, across, inputs))
     return values
 
 
-def multiply(values: Tensor, at_points: Tensor) -> Tensor:
+def multiply(values: Tensor, filters: Tensor) -> Tensor:
     """Values (36, tiles, in) times weights (36, out, in): sums over channels (36, tiles, out)."""
     if convolving_pays():
-        return multiply_in_groups(values.transpose(0, 1), at_points).transpose(0, 1)
-    return torch.bmm(values, at_points.mT)
+        return multiply_in_groups(values.transpose(0, 1), filters).transpose(0, 1)
+    return torch.bmm(values, filters.mT)
 
 
 def write(painted: Tensor, sums: Tensor, rows: int, across: int) -> None:
     """Reads the outputs off the sums (36, rows * across, out), which are used up, into a piece (4 * rows, 4 * across, out)."""
     outputs = sums.shape[2]
     by_row = sums.new_empty(POINTS, rows, across, TILE, outputs)
-    points_to_outputs(sums.view(POINTS, POINTS, rows, across, outputs), by_row.movedim(3, 0))
-    points_to_outputs(by_row.view(POINTS, rows, TILE * across, outputs), painted.view(rows, TILE, -1, outputs).movedim(1, 0))
+    output_transform(sums.view(POINTS, POINTS, rows, across, outputs), by_row.movedim(3, 0))
+    output_transform(by_row.view(POINTS, rows, TILE * across, outputs), painted.view(rows, TILE, -1, outputs).movedim(1, 0))
 
 
-def inputs_to_points(x: list[Tensor], values: Tensor) -> None:
+def input_transform(x: list[Tensor], values: Tensor) -> None:
     """Six neighbouring inputs as values at the six points, written into `values` (6, ...).
 
     Those at 1 and -1 are the sum and the difference of an even and an odd part, as are those at 2 and -2.
@@ -139,7 +139,7 @@ def inputs_to_points(x: list[Tensor], values: Tensor) -> None:
     torch.sub(x[5], odd, alpha=4, out=infinity).sub_(x[3])  # 4 x1 - 5 x3 + x5
 
 
-def points_to_outputs(values: Tensor, y: Tensor) -> None:
+def output_transform(values: Tensor, y: Tensor) -> None:
     """Four neighbouring outputs from the values (6, ...) at the six points, which are used up, written into `y` (4, ...)."""
     zero, one, minus_one, two, minus_two, infinity = values
     near = torch.add(one, minus_one, out=y[0])
