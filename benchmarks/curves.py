@@ -1,7 +1,7 @@
 """What training looked like: `python -m benchmarks.curves RUN [RUN ...] --out curves.png`, from the logs of runs (needs matplotlib).
 
 A row a run. Of a tokenizer: its loss, the PSNR of batches and, at some scales, of pictures held out, the codes in use. Of a transformer:
-its loss beside that of guessing, and loss and accuracy at some of the square scales that came in most reports.
+its loss beside that of guessing, its FID where it was scored, and loss and accuracy at some of the square scales that came in most reports.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 Line = dict[str, Any]
 
 
-def read(run: Path) -> tuple[list[Line], list[Line]]:
-    """Reports and measurements of a run's log."""
+def read(run: Path) -> tuple[list[Line], list[Line], list[Line]]:
+    """Reports, measurements and scores of a run's log."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "loss" in line], [line for line in lines if "measured" in line]
+    reports, measured, scored = ([line for line in lines if kind in line] for kind in ("loss", "measured", "scores"))
+    return reports, measured, scored
 
 
 def series(lines: Sequence[Line], *path: str) -> tuple[list[int], list[float]]:
@@ -56,8 +57,8 @@ def draw(runs: Sequence[Path], out: Path) -> None:
 
     figure, rows = plt.subplots(len(runs), 3, figsize=(13, 3.6 * len(runs)), squeeze=False, layout="constrained")
     for run, axes in zip(runs, rows, strict=True):
-        reports, measured = read(run)
-        _of_transformer(axes, reports, measured) if "accuracy" in reports[-1] else _of_tokenizer(axes, reports, measured)
+        reports, measured, scored = read(run)
+        _of_transformer(axes, reports, measured, scored) if "accuracy" in reports[-1] else _of_tokenizer(axes, reports, measured)
         axes[0].set_ylabel(run.name)
         for axis in axes:
             axis.set_xlabel("step")
@@ -77,10 +78,15 @@ def _of_tokenizer(axes: Any, reports: list[Line], measured: list[Line]) -> None:
     axes[2].set_ylim(0, 1.05)
 
 
-def _of_transformer(axes: Any, reports: list[Line], measured: list[Line]) -> None:
+def _of_transformer(axes: Any, reports: list[Line], measured: list[Line], scored: list[Line]) -> None:
     plot(axes[0], reports, "loss", label="loss of batches")
     plot(axes[0], measured, "measured", "loss", label="loss, unseen, averaged weights")
     plot(axes[0], measured, "measured", "loss_of_guessing", label="guessing", color="grey", linestyle="--")
+    if scored:
+        beside = axes[0].twinx()
+        plot(beside, scored, "scores", "fid", label="FID (right)", color="tab:green", marker=".")
+        beside.set_ylim(bottom=0)
+        beside.legend(fontsize=8, loc="center right")
     often = Counter(scale for report in reports for scale in report["loss_by_scale"])
     square = [scale for scale, count in often.items() if len(set(scale.split("x"))) == 1 and 2 * count > len(reports)]
     sides = sorted(int(scale.split("x")[0]) for scale in square)

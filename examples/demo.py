@@ -87,7 +87,7 @@ def main() -> None:
     arguments.add_argument("--model", default="emoji")
     words = arguments.parse_args()
     pipe = FlexVARPipeline.from_pretrained(words.model)
-    labels = [name for name in ("pizza", "frog", "rocket", "panda") if name in pipe.class_names] or list(pipe.class_names[:4])
+    labels: list[str] = [name for name in ("pizza", "frog", "rocket", "panda") if name in pipe.class_names] or list(pipe.class_names[:4])
     fruit = "watermelon" if "watermelon" in pipe.class_names else labels[0]
     words.out.mkdir(parents=True, exist_ok=True)
     sheets = {

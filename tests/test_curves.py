@@ -11,10 +11,11 @@ from PIL import Image
 SCALES = [f"{side}x{side}" for side in range(1, 11)]
 
 
-def write_log(run: Path, reports: list[dict], measured: list[dict]) -> Path:
+def write_log(run: Path, reports: list[dict], measured: list[dict], scored: list[dict] | None = None) -> Path:
     """A run folder with nothing but its log."""
     run.mkdir()
     lines = [*reports, *({"step": step, "measured": line} for step, line in enumerate(measured, 1))]
+    lines += [{"step": step, "scores": line} for step, line in enumerate(scored or [], 1)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return run
 
@@ -31,6 +32,7 @@ def test_curves_of_both_trainings(tmp_path: Path, held_out: bool, monkeypatch) -
         tmp_path / "transformer",
         [{"step": step, "loss": 3 / step, "accuracy": 0.1, **by_scale} for step in (1, 2, 3)],
         [{"loss": 2.0, "loss_of_guessing": 6.9}] * held_out,
+        [{"fid": 30.0}, {"fid": 12.0}] * held_out,
     )
     monkeypatch.setattr("sys.argv", ["curves", str(tokenizer), str(transformer), "--out", str(tmp_path / "curves.png")])
     curves.main()

@@ -141,6 +141,14 @@ def test_an_adversary_that_cannot_see_the_smallest_pictures(tmp_path: Path, caps
     assert "smallest is 16 px, too small for a discriminator of 3 layers; give at least 24" in capsys.readouterr().err
 
 
+def test_an_adversary_that_would_see_no_picture(tmp_path: Path, capsys) -> None:
+    masked = ["adversary.weight=1", "adversary.start=0", "smallest=24", "small=mask"]
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path)), *masked]) == 2
+    assert "small=mask leaves out all pictures below smallest=24 px on a side, and sizes holds none" in capsys.readouterr().err
+    assert not (tmp_path / "tokenizer").exists()
+    assert main(["train", "tokenizer", str(tokenizer_config(tmp_path, 1)), *masked, "sizes=[[16, 16], [24, 24]]"]) == 0
+
+
 @pytest.fixture(scope="module")
 def lpips_files(tmp_path_factory) -> list[str]:
     """Random weights under the names of torchvision's and lpips' files."""

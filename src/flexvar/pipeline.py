@@ -28,7 +28,7 @@ from flexvar.processes import without_tf32
 from flexvar.sampling import Guidance, Sampling
 from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.settings import DrawingSettings, MaskedEditSettings, OutpaintSettings, Settings, SizedEditSettings
-from flexvar.sheet import Images, OutputType, as_output, check_output_type, output_ready, to_pil
+from flexvar.sheet import OutputType, as_output, check_output_type, output_ready, to_pil
 from flexvar.tokenizer import Tokenizer
 from flexvar.transformer import Transformer
 from flexvar.zoo import upload_folder
@@ -44,7 +44,7 @@ class FlexVAROutput:
     images: PIL pictures, or an array (B, H, W, 3) float32 in [0, 1] ("np"), or a tensor (B, 3, H, W) in [0, 1] on the CPU ("pt").
     """
 
-    images: Images
+    images: Any  # of a union, type checkers would have users say which one it is
     labels: list[int]  # class indices; the number of classes stands for no class
     seeds: list[int]  # one a picture, so that any of them can be drawn again
 

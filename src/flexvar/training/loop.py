@@ -298,6 +298,8 @@ class _Run:
         if scores := self.workshop.scored(self.average, self.step, again=again):
             self.folder.report({"step": self.step, "scores": scores})
             self._say(f"step {self.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # what is reported is the peak of training
 
     def _measure(self) -> dict[str, Any]:
         with torch.no_grad(), self._autocast():

@@ -224,6 +224,9 @@ class TokenizerRun(RunConfig):
         _demand(self, NOT_NEGATIVE, "l1 l2 codebook commitment entropy restart_every")
         _demand(self, SHARE, "continuous")
         demand_grids(self.sizes, 2 ** (len(self.model.multipliers) - 1))
+        if self.small == "mask" and (self.perceptual.weight or self.adversary.weight) and max(map(min, self.sizes)) < self.smallest:
+            what = f"small=mask leaves out all pictures below smallest={self.smallest} px on a side, and sizes holds none that has as much"
+            raise ValueError(f"{what}; give small=enlarge, or larger sizes")
         if self.adversary.weight and self.adversary.start >= self.steps:
             raise ValueError(f"adversary.start is {self.adversary.start} of {self.steps} steps; lower it, or set adversary.weight=0")
         if self.data.kind == "features":
