@@ -235,7 +235,7 @@ def test_no_plan_of_a_tokenizer_alone(small_tokenizer: Tokenizer, tmp_path: Path
         ([], "the following arguments are required: COMMAND; see flexvar --help"),
         (["sample", "--count", "many"], "argument --count: invalid int value: 'many'; see flexvar sample --help"),
         (["edit", "refine"], "the following arguments are required: PICTURE; see flexvar edit refine --help"),
-        (["info", "--fast"], "unrecognized arguments: --fast; see flexvar --help"),
+        (["info", "--fast"], "unrecognized arguments: --fast; see flexvar info --help"),
     ],
 )
 def test_mistyped_words_get_one_line_and_status_2(words: list[str], complaint: str, capsys) -> None:
@@ -246,6 +246,21 @@ def test_mistyped_words_get_one_line_and_status_2(words: list[str], complaint: s
     assert error.startswith("flexvar: ")
     assert complaint in error
     assert error.count("\n") == 1
+
+
+def test_lists_may_go_on_behind_options(model: str, tmp_path: Path, capsys) -> None:
+    words = ["sample", "pizza", "--model", model, "--seed", "7", "d", "--out", str(tmp_path), "e"]
+    assert main(words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d-seed8.png", "e-seed9.png", "pizza-seed7.png"]
+    assert main(["cache", "nowhere.yaml", "--overwrite", "out=here"]) == 2
+    assert "there is no config file nowhere.yaml" in capsys.readouterr().err
+    for wrong, told in (
+        (["info", model, "a"], "unrecognized arguments: a; see flexvar info"),
+        ([*words, "--n", "b"], "arguments: --n; see"),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert told in capsys.readouterr().err
 
 
 def test_a_traceback_on_request(monkeypatch) -> None:

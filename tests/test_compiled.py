@@ -127,7 +127,8 @@ def test_8_bits_go_together_with_compiled(pipe: FlexVARPipeline) -> None:
     before = pipe.to_int8()("a", seed=3, output_type="pt")
     assert torch.allclose(pipe.compile()("a", seed=3, output_type="pt").images, before.images, atol=1e-4)
     with pytest.raises(ValueError, match=r"made faster \(compiled, of 8-bit weights\) stays where it is"):
-        pipe.to_int8()
+        pipe.to("cpu")
+    assert pipe.to_int8() is pipe  # once is enough
 
 
 def test_a_model_that_compiling_does_not_change_stays_free(pipe: FlexVARPipeline, tmp_path: Path) -> None:
@@ -142,7 +143,9 @@ def test_what_a_compiled_model_cannot_do_is_told(pipe: FlexVARPipeline, tmp_path
     """Whether by the pipeline that compiled it or by another one of the same model."""
     pipe.compile()
     pipe = FlexVARPipeline(pipe.model) if another else pipe
-    for wrong in (lambda: pipe.to("cpu"), lambda: pipe.save_pretrained(tmp_path), pipe.to_int8, lambda: pipe.save_released(tmp_path)):
+    with pytest.raises(ValueError, match="a compiled model cannot be given 8-bit weights any more; load it again, and compile it after"):
+        pipe.to_int8()
+    for wrong in (lambda: pipe.to("cpu"), lambda: pipe.save_pretrained(tmp_path), lambda: pipe.save_released(tmp_path)):
         with pytest.raises(ValueError, match=r"made faster \(compiled\) stays where it is and is not saved; load it again"):
             wrong()
     assert not list(tmp_path.iterdir())
@@ -351,12 +354,13 @@ def test_a_recorded_batch_is_drawn_again_although_it_fills_the_memory(pipe: Flex
     free = {"bytes": 2**40}
     monkeypatch.setattr(memory, "free_memory", lambda device: free["bytes"])
     monkeypatch.setattr(memory.MemoryNeed, "refuse_what_cannot_fit", lambda self: None)  # as on a GPU
+    monkeypatch.setattr("flexvar.pipeline.refuse_results", lambda size, pictures: None)  # which go to the CPU
     pipe(list("abcde"), seed=0)
     free["bytes"] = 0
     pipe(list("edcba"), seed=5)
-    assert [key[3] for key in draw.recordings] == [5]
+    assert [batch for _, batch in draw.recordings] == [5]
     pipe(list("edcba"), seed=5, top_k=3)
-    assert [key[3] for key in draw.recordings] == [5, 1]
+    assert [batch for _, batch in draw.recordings] == [5, 1]
 
 
 @pytest.mark.slow

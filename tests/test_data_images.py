@@ -155,6 +155,19 @@ def test_a_damaged_file_is_skipped_named_and_warned_about_once(folder: Path) -> 
     assert all("\n" not in message for message in messages)
 
 
+def test_want_of_memory_is_not_taken_for_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> None:
+        raise MemoryError
+
+    source = ImageFolder(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("flexvar.data.images.upright_rgb", no_room)
+        with pytest.raises(MemoryError, match=r"not enough memory to read .*0\.png; free some, or read with fewer processes"):
+            source.draw(0, (16, 16), np.random.default_rng(5))
+    assert source.unreadable == []
+    source.draw(0, (16, 16), np.random.default_rng(5))
+
+
 def test_the_next_readable_picture_may_lie_past_the_end(folder: Path) -> None:
     (folder / "n01440764" / "2.png").write_bytes(b"")
     with pytest.warns(UserWarning, match="skipped a picture"):

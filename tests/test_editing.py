@@ -128,7 +128,7 @@ def test_upscale_keeps_the_native_scales_and_grows_beyond(pipe: FlexVARPipeline)
     small, waves = (str(warning.message) for warning in caught)
     assert small.startswith("32 x 48 px are more than max_pixels=1024: drawn at 28 x 40 px and enlarged, which is softer")
     assert waves.startswith("28 x 40 px is more than twice the 16 px of this model's training")
-    with pytest.warns(UserWarning, match="6 scales are drawn instead of 2: each is at most 1.5 times the one before"):
+    with pytest.warns(UserWarning, match="6 scales are drawn instead of 2: beyond the picture's own each is at most about 1.5 times"):
         pipe.settings.schedule_of(edit=pipe.edit_of("upscale", picture(height=8, width=8), factor=4), num_inference_steps=2)
 
 
@@ -272,7 +272,7 @@ def test_stream_ends_with_the_finished_picture(pipe: FlexVARPipeline) -> None:
         ("upscale", {"factor": "b"}, "factor is 'b'; give a number"),
         ("outpaint", {"left": 8, "feather": 1.5}, "feather is 1.5; give an integer"),
         ("refine", {"height": 18}, "height 18 is not a multiple of 4 px; the nearest height is 16 or 20"),
-        ("refine", {"schedule": [1, 2]}, "but the schedule ends at 8 px"),
+        ("refine", {"schedule": [1, 2]}, "the edit draws 4x4 codes, but the schedule ends at 2x2; end it at 4x4"),
         ("refine", {"num_inference_steps": 1}, "at least 2"),
         ("refine", {"max_pixels": 0}, "max_pixels is 0"),
         ("refine", {"quickly": 1}, "refine\\(\\) takes no keyword 'quickly'; there are image, strength, class_labels, num_inference_steps"),

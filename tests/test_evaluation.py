@@ -402,6 +402,11 @@ def test_torchrun_gives_the_same_scores(model: Path, folder: Path, tmp_path: Pat
     assert one["scores"] == pytest.approx(two["scores"], rel=1e-5)
 
 
+def test_mistyped_settings_are_told_before_anything_is_drawn(model: Path) -> None:
+    with pytest.raises(TypeError, match="top_kk"):
+        DrawnPictures(FlexVARPipeline.from_pretrained(model), str(model), 3, top_kk=3)
+
+
 def test_a_broken_model_is_told(model: Path, folder: Path, tmp_path: Path) -> None:
     pipe = FlexVARPipeline.from_pretrained(model)
     with torch.no_grad():

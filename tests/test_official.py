@@ -5,8 +5,10 @@ import json
 import pickle
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -116,12 +118,15 @@ def test_a_released_name_is_fetched_converted_once_and_kept(released: Path, tmp_
 
     def stand_in(repository: str, allow_patterns: list[str]) -> str:
         asked.append((repository, *allow_patterns))
+        time.sleep(0.1)
         return str(hub)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", stand_in)
     monkeypatch.setenv("FLEXVAR_CACHE", str(tmp_path))
-    for _ in range(2):
-        assert FlexVARPipeline.from_pretrained("flexvar-d16").transformer.config.depth == 2
+    with ThreadPoolExecutor() as several:  # as processes of one evaluation do
+        for pipe in several.map(FlexVARPipeline.from_pretrained, ["flexvar-d16"] * 3):
+            assert pipe.transformer.config.depth == 2
+    assert FlexVARPipeline.from_pretrained("flexvar-d16").transformer.config.depth == 2
     assert asked == [("jiaosiyu1999/FlexVAR", "FlexVAE.pth", "FlexVARd16-epo179.pth")]
     seen = json.loads((tmp_path / "flexvar-d16" / "config.json").read_text())["provenance"]["converted from"]
     with pytest.raises(ValueError, match=r"jiaosiyu1999/FlexVAR gave no FlexVARd20-epo249\.pth"):

@@ -164,10 +164,16 @@ def test_bad_settings(pipe: FlexVARPipeline, settings: dict, words: str) -> None
 
 @pytest.mark.parametrize("method", ["__call__", "stream", "refine"])
 def test_a_mistyped_keyword_is_told_with_the_closest_one(pipe: FlexVARPipeline, method: str) -> None:
-    with pytest.raises(TypeError, match=rf"^{method}\(\) takes no keyword 'heigth'; did you mean 'height'\?$"):
+    called = "pipe" if method == "__call__" else method
+    with pytest.raises(TypeError, match=rf"^{called}\(\) takes no keyword 'heigth'; did you mean 'height'\?$"):
         getattr(pipe, method)(Image.new("RGB", (16, 16)), heigth=16)
-    with pytest.raises(TypeError, match=rf"^{method}\(\) takes no keyword 'guidance_scal'; did you mean 'guidance_scale'\?$"):
+    with pytest.raises(TypeError, match=rf"^{called}\(\) takes no keyword 'guidance_scal'; did you mean 'guidance_scale'\?$"):
         getattr(pipe, method)(0, guidance_scal=2.0)
+
+
+def test_seeds_that_count_up_past_the_last_one(pipe: FlexVARPipeline) -> None:
+    with pytest.raises(ValueError, match="2 pictures from seed 4294967295 on count up past 4294967295; give at most 4294967294"):
+        pipe([0, 1], seed=2**32 - 1)
 
 
 def test_help_shows_every_keyword(pipe: FlexVARPipeline) -> None:
@@ -366,3 +372,6 @@ def test_to_takes_a_dtype_alone(small_tokenizer: Tokenizer, small_transformer: T
 def test_classes_without_names_are_called_by_their_number(pipe: FlexVARPipeline) -> None:
     nameless = FlexVARPipeline(dataclasses.replace(pipe.model, class_names=()))
     assert (nameless.class_name(3), nameless.class_name(5)) == ("class 3", "unconditional")
+    assert nameless.labels_of(["Class 3", "3", 3]) == [3, 3, 3]
+    with pytest.raises(ValueError, match="there is no class 'class 3'; "):
+        pipe.labels_of("class 3")

@@ -108,6 +108,8 @@ def test_lists_words_and_mistakes() -> None:
         Schedule.for_size(256, 256, 1)
     with pytest.raises(ValueError, match="there are 6, 7"):
         Schedule.named("5")
+    with pytest.raises(ValueError, match="ends at 4x8 does not grow to 8x6; give a grid at least as large on both sides"):
+        Schedule.of([1, (4, 8)]).grown(8, 6)
 
 
 def test_slices_cover_the_tokens() -> None:

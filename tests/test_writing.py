@@ -143,6 +143,9 @@ def test_a_folder_is_replaced_as_a_whole_or_left_as_it_was(tmp_path: Path) -> No
     assert os.listdir(folder) == ["old"]
     assert write_whole_folder(folder, fill_folder) == 7
     assert (os.listdir(folder), os.listdir(folder.parent)) == (["new"], ["folder"])
+    with pytest.raises(FileExistsError, match="new is a file; name a folder"):
+        write_whole_folder(folder / "new", fill_folder)
+    assert os.listdir(folder) == ["new"]
 
 
 def test_a_folder_comes_back_where_its_place_cannot_be_taken(tmp_path: Path) -> None:

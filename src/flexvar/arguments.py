@@ -32,6 +32,8 @@ def seeds_of(seed: int | Sequence[int] | Tensor | None, count: int) -> list[int]
         seed = int(torch.randint(SEEDS - count + 1, ()))
     if is_single(seed):
         first = whole_number(seed, "a seed")
+        if 0 <= first < SEEDS < first + count:
+            raise ValueError(f"{count} pictures from seed {first} on count up past {SEEDS - 1}; give at most {SEEDS - count}")
         seeds = [first + i for i in range(count)]
     else:
         seeds = [whole_number(number, "a seed") for number in items(seed)]
@@ -44,7 +46,7 @@ def seeds_of(seed: int | Sequence[int] | Tensor | None, count: int) -> list[int]
 
 
 def both_sides(height: int | None, width: int | None, own: tuple[int, int], multiple: int = 1) -> tuple[int, int]:
-    """Height and width in pixels. One that is left out follows the proportions of `own`, to the nearest multiple; both, and it is `own`."""
+    """Height and width in pixels. One that is left out follows the proportions of `own`, to the nearest multiple; without either, `own`."""
     if height is None and width is None:
         return own
     height, width = (None if side is None else whole_number(side, "a side") for side in (height, width))
@@ -79,10 +81,11 @@ def takes(settings: type) -> Callable[[F], F]:
             for name, kind in settings.__annotations__.items()
         ]
         taken = [parameter.name for parameter in (*named[1:], *more)]
+        called = "pipe" if method.__name__ == "__call__" else method.__name__
 
         @wraps(method)
         def checked(*arguments: Any, **keywords: Any) -> Any:
-            refuse_unknown(method.__name__, keywords, taken)
+            refuse_unknown(called, keywords, taken)
             return method(*arguments, **keywords)
 
         checked.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]

@@ -21,13 +21,11 @@ from torch.compiler import config as compiler
 from torch.fx.experimental import _config as shapes
 
 from flexvar.attention import by_convolutions
-from flexvar.generation import Choose, Draw, Request, Step, draw_scales
+from flexvar.generation import Choose, Draw, Recipe, Request, Step, draw_scales
 from flexvar.linear import can_pack, exchange_projection, pack, plain_linear
 from flexvar.memory import is_out_of_memory
 from flexvar.processes import keep_memory
 from flexvar.products import convolving_pays
-from flexvar.sampling import Guidance, Sampling
-from flexvar.schedule import Schedule
 from flexvar.tokenizer import Tokenizer
 from flexvar.tokenizer.networks import Convolution, Upsample
 from flexvar.transformer import Transformer
@@ -155,7 +153,7 @@ class Recording:
 
 
 class Recorded:
-    """Draws by recordings: one for each schedule, guidance, sampling and batch. A scale is given out when all are drawn.
+    """Draws by recordings: one for each recipe and batch. A scale is given out when all are drawn.
 
     A smaller batch takes the recording of one up to twice as large. What is kept of given pictures changes from call to call: edits take
     the plain loop. Threads take turns, and so do their streams. Where memory runs out, all recordings go and it is tried once more.
@@ -164,7 +162,7 @@ class Recorded:
 
     def __init__(self, record: Record, choose: Choose, decode: Callable[[Tensor], Tensor]) -> None:
         self.record, self.choose, self.decode = record, choose, decode
-        self.recordings: dict[tuple[Schedule, Guidance, Sampling, int], Recording] = {}
+        self.recordings: dict[tuple[Recipe, int], Recording] = {}
         self.networks: tuple[Tokenizer, Transformer] | None = None  # those of the first drawing
         self.turn = RLock()
         self.done: torch.cuda.Event | None = None  # the latest drawing, on whichever stream: the next one fills the same tensors
@@ -183,14 +181,14 @@ class Recorded:
                 yield replace(step, decode=decode)
             return
         *codes, totals, images = self.making_room(lambda: self._drawn(tokenizer, transformer, request))
-        for k, size in enumerate(request.schedule):
-            last = k == len(request.schedule) - 1
+        for k, size in enumerate(request.recipe.schedule):
+            last = k == len(request.recipe.schedule) - 1
             yield Step(k, size, codes[k], (lambda given: images if given is codes[-1] else decode(given)) if last else decode, totals[:, k])
 
-    def recorded_batch(self, schedule: Schedule, guidance: Guidance, sampling: Sampling) -> int:
-        """The largest batch of these settings that is recorded, and so has its memory already; 0 if none is."""
+    def recorded_batch(self, recipe: Recipe) -> int:
+        """The largest batch of this recipe that is recorded, and so has its memory already; 0 if none is."""
         with self.turn:
-            return max((key[3] for key in self.recordings if key[:3] == (schedule, guidance, sampling)), default=0)
+            return max((batch for recorded, batch in self.recordings if recorded == recipe), default=0)
 
     def _drawn(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> list[Tensor]:
         """The codes of every scale, their totals (B, K) and the pictures."""
@@ -206,14 +204,14 @@ class Recorded:
 
     def _recording(self, tokenizer: Tokenizer, transformer: Transformer, request: Request) -> Recording:
         """The one with the smallest batch that fits the request, or a new one."""
-        settings, pictures = (request.schedule, request.guidance, request.sampling), len(request.labels)
-        fitting = [key for key in self.recordings if key[:3] == settings and pictures <= key[3] <= 2 * pictures]
+        recipe, pictures = request.recipe, len(request.labels)
+        fitting = [batch for recorded, batch in self.recordings if recorded == recipe and pictures <= batch <= 2 * pictures]
         if fitting:
-            return self.recordings[min(fitting, key=lambda key: key[3])]
+            return self.recordings[recipe, min(fitting)]
         if len(self.recordings) >= MOST_RECORDINGS:
             self._clear()
         recording = self._recorded(tokenizer, transformer, request)
-        self.recordings[(*settings, pictures)] = recording
+        self.recordings[recipe, pictures] = recording
         return recording
 
     def making_room(self, work: Callable[[], T]) -> T:

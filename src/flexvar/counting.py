@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from flexvar.generation import Request, draw_scales
+from flexvar.generation import Recipe, Request, draw_scales
 from flexvar.kv_cache import KeyValueCache
 from flexvar.linear import Int8Linear, exchange_layers
 from flexvar.sampling import MOST_CANDIDATES, Guidance, Sampling, choose
@@ -130,7 +130,7 @@ def drawing_memory(
     painter.lift, transformer.new_cache = lift, filled  # type: ignore[method-assign, assignment]
     guidance = Guidance("constant", 2.0 if guided else 1.0, split=split)
     labels, numbers = torch.empty(batch, dtype=torch.int64, device="meta"), torch.empty(batch, last.tokens, device="meta")
-    request = Request(labels, last, guidance, Sampling(greedy="none"), None, numbers)
+    request = Request(labels, Recipe(last, guidance, Sampling(greedy="none")), None, numbers)
     with WithoutScores(), LiveBytes() as live:
         for _ in draw_scales(painter, transformer, request, choose_once):
             pass

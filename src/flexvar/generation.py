@@ -95,13 +95,20 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How pictures are drawn, whatever they show."""
+
+    schedule: Schedule
+    guidance: Guidance
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
 class Request:
     """What is to be drawn: checked, and on the device of the networks."""
 
     labels: Tensor  # (B,), int64
-    schedule: Schedule
-    guidance: Guidance
-    sampling: Sampling
+    recipe: Recipe
     keep: Keep | None
     numbers: Tensor  # (B, L), uniform in [0, 1)
 
@@ -139,7 +146,7 @@ def generate(
         keep = keep.to(device)
     numbers = uniform_numbers(seeds_of(seeds, len(labels)), schedule.tokens).to(device)
     guidance = needed_guidance(guidance, labels.tolist(), config.null_class)
-    request = Request(labels.to(device, torch.int64), schedule, guidance, sampling, keep, numbers)
+    request = Request(labels.to(device, torch.int64), Recipe(schedule, guidance, sampling), keep, numbers)
     return (draw or draw_scales)(tokenizer, transformer, request)
 
 
@@ -163,16 +170,17 @@ def needed_guidance(guidance: Guidance, labels: Sequence[int], null_class: int) 
 @torch.no_grad()
 def draw_scales(tokenizer: Tokenizer, transformer: Transformer, request: Request, choose: Choose = choose) -> Iterator[Step]:
     """The loop itself. Nothing in it waits for a GPU."""
-    labels, schedule, keep = request.labels, request.schedule, request.keep
-    weights = request.guidance.weights(schedule, transformer.config.trained_grid)
-    greedy = request.sampling.greedy_scales(schedule, transformer.config.trained_grid)
+    labels, recipe, keep = request.labels, request.recipe, request.keep
+    schedule, trained_grid = recipe.schedule, transformer.config.trained_grid
+    weights = recipe.guidance.weights(schedule, trained_grid)
+    greedy = recipe.sampling.greedy_scales(schedule, trained_grid)
     guided = max((k + 1 for k, weight in enumerate(weights) if weight != 1), default=0)  # scales, from the first
 
     # A batch goes through the network at once: pictures with their class and the same ones without it, together or one after the other.
     unlabelled = torch.full_like(labels, transformer.config.null_class)
     if not guided:
         batches = [labels]
-    elif request.guidance.split:
+    elif recipe.guidance.split:
         batches = [labels, unlabelled]
     else:
         batches = [torch.cat((labels, unlabelled))]
@@ -196,7 +204,7 @@ def draw_scales(tokenizer: Tokenizer, transformer: Transformer, request: Request
         total = total + hidden.sum((1, 2), dtype=torch.float32)
         if k == len(schedule) - 1:
             del caches, embedded  # decoding gets their memory
-        drawn = choose(full_logits(transformer.head, hidden), request.numbers[:, at], request.sampling, greedy[k])  # (B, n)
+        drawn = choose(full_logits(transformer.head, hidden), request.numbers[:, at], recipe.sampling, greedy[k])  # (B, n)
         codes = drawn.unflatten(1, size)  # (B, h, w)
         if keep is not None:
             codes = keep.apply(k, codes)

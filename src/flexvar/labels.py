@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence, Sized
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -48,6 +49,8 @@ def index_of(label: Label, names: Sequence[str], null_class: int, aliases: Mappi
         by_name = {alias.casefold(): by_name[name.casefold()] for alias, name in aliases.items()} | by_name
         if label.casefold() in by_name:
             return by_name[label.casefold()]
+        if not names and (given := re.fullmatch(r"class (\d+)", label.casefold())):  # as `name_of` calls it
+            label = given[1]
         if not label.isdecimal():
             asked = label.casefold()
             inside = [name for name in by_name if asked and (asked in name or f" {name} " in f" {asked} ")]

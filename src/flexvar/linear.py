@@ -129,10 +129,12 @@ def by_floats(rows: Tensor, weight: Tensor) -> Tensor:
 def to_int8(transformer: Transformer) -> None:
     """Gives all blocks 8-bit weights, in place and for good.
 
-    Raises ValueError for a transformer made faster already, on other devices than CPU and CUDA, and for weights with a side that is no
-    multiple of 8.
+    Raises ValueError for a compiled transformer, on other devices than CPU and CUDA, and for weights with a side that is no multiple of 8.
     """
-    transformer.refuse_made_faster()
+    if "int8" in transformer.made_faster:
+        return
+    if transformer.made_faster:
+        raise ValueError("a compiled model cannot be given 8-bit weights any more; load it again, and compile it after them")
     device = transformer.device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"8-bit weights run on CPUs and CUDA, and this transformer is on {device}; move it, or draw without them")

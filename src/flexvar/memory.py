@@ -162,8 +162,8 @@ def refuse_results(size: Size, pictures: int) -> None:
     """MemoryError, in one line, where so many finished pictures of `size` = (height, width) px find no room on the CPU."""
     each, free = 3 * 4 * size[0] * size[1], free_memory(torch.device("cpu"))
     if free is not None and (pictures + WHILE_FINISHING) * each > free:
-        what = f"{pictures} results of {size[0]} x {size[1]} px" if pictures > 1 else f"a result of {size[0]} x {size[1]} px"
-        raise MemoryError(f"not enough memory for {what}; make it smaller, or free some")
+        results, mend = (f"{pictures} results", "make fewer at once or smaller ones") if pictures > 1 else ("a result", "make it smaller")
+        raise MemoryError(f"not enough memory for {results} of {size[0]} x {size[1]} px; {mend}, or free some")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -25,8 +25,11 @@ def model_folder(name: str | Path) -> Path:
         return zoo.bundled_folder(str(name))
     if name in zoo.RELEASED:
         folder = zoo.cache_folder() / str(name)
-        if not (folder / "config.json").is_file():
-            save(released_model(*zoo.fetch_released(str(name))), folder, overwrite=True)
+        config = folder / "config.json"
+        if not config.is_file():
+            with zoo.one_at_a_time(folder.name):
+                if not config.is_file():  # another process may have made it
+                    save(released_model(*zoo.fetch_released(str(name))), folder, overwrite=True)
         return folder
     if Path(name).is_dir():
         return Path(name)
@@ -40,17 +43,17 @@ def released_model(tokenizer: str | Path, transformer: str | Path) -> Model:
 
     Raises ValueError for files that are damaged or do not belong together.
     """
-    drawn = transformer_from_released(read_released(transformer))
-    painted = tokenizer_from_released(read_released(tokenizer))
-    if (drawn.config.codebook_size, drawn.config.code_width) != (painted.config.codebook_size, painted.config.code_width):
-        raise ValueError(f"{tokenizer} and {transformer} do not belong together: they have different codebooks")
-    classes = drawn.config.classes
-    names = tuple(name for _, name in imagenet_classes()) if classes == 1000 else tuple(f"class {i}" for i in range(classes))
-    side = drawn.config.trained_grid * painted.config.downsample
     files = {"tokenizer": Path(tokenizer), "transformer": Path(transformer)}
+    drawing = transformer_from_released(read_released(files["transformer"]))
+    painting = tokenizer_from_released(read_released(files["tokenizer"]))
+    if (drawing.config.codebook_size, drawing.config.code_width) != (painting.config.codebook_size, painting.config.code_width):
+        raise ValueError(f"{tokenizer} and {transformer} do not belong together: they have different codebooks")
+    classes = drawing.config.classes
+    names = tuple(name for _, name in imagenet_classes()) if classes == 1000 else tuple(f"class {i}" for i in range(classes))
+    side = drawing.config.trained_grid * painting.config.downsample
     seen = {part: {"file": path.name, "sha256": zoo.sha256(path)} for part, path in files.items()}
     provenance = {"converted from": seen, "licence": "MIT (the authors of FlexVAR)"}
-    return Model(painted, drawn, names, Defaults(side, side), provenance, aliases_of(names))
+    return Model(painting, drawing, names, Defaults(side, side), provenance, aliases_of(names))
 
 
 def write_released(model: Model, folder: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
@@ -59,20 +62,20 @@ def write_released(model: Model, folder: str | Path, *, overwrite: bool = False)
     Warns where the released code has to be changed to load them. Raises ValueError for a model without a transformer or with one made
     faster, and FileExistsError where a file is there and `overwrite` is not set.
     """
-    painted, drawn, folder = model.tokenizer, model.transformer, Path(folder)
-    if drawn is None:
+    tokenizer, transformer, folder = model.tokenizer, model.transformer, Path(folder)
+    if transformer is None:
         raise ValueError("this model has no transformer yet; train one on its tokenizer first")
-    drawn.refuse_made_faster()
-    warn_of_differences(painted.config, drawn.config)
-    tokenizer, transformer = folder / zoo.RELEASED_TOKENIZER, folder / f"FlexVARd{drawn.config.depth}.pth"
-    for path in (tokenizer, transformer):
+    transformer.refuse_made_faster()
+    warn_of_differences(tokenizer.config, transformer.config)
+    files = folder / zoo.RELEASED_TOKENIZER, folder / f"FlexVARd{transformer.config.depth}.pth"
+    for path in files:
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists; choose another folder, or allow it with --overwrite")
     make_folder(folder)
     write_together(
         {
-            tokenizer: lambda beside: torch.save({"model": to_released(painted)}, beside),
-            transformer: lambda beside: torch.save(to_released(drawn), beside),
+            files[0]: lambda beside: torch.save({"model": to_released(tokenizer)}, beside),
+            files[1]: lambda beside: torch.save(to_released(transformer), beside),
         }
     )
-    return tokenizer, transformer
+    return files

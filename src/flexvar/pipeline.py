@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, Unpack
 
@@ -20,12 +21,12 @@ from flexvar.compiled import Recorded, compiled
 from flexvar.data import fitted
 from flexvar.data.given import GivenPictures, over_white, pictures_of
 from flexvar.editing import Edit
-from flexvar.generation import Draw, Keep, Step, draw_scales, generate, needed_guidance
+from flexvar.generation import Draw, Keep, Recipe, Step, draw_scales, generate, needed_guidance
 from flexvar.labels import Label
 from flexvar.memory import MemoryNeed, in_parts, refuse_results, room_for
 from flexvar.models import model_folder, released_model, write_released
 from flexvar.processes import without_tf32
-from flexvar.sampling import Guidance, Sampling
+from flexvar.sampling import Guidance
 from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.settings import DrawingSettings, MaskedEditSettings, OutpaintSettings, Settings, SizedEditSettings
 from flexvar.sheet import OutputType, as_output, check_output_type, output_ready, to_pil
@@ -177,18 +178,20 @@ class FlexVARPipeline:
         check_output_type(output_type)
         indices = self.labels_of(labels.listed(class_labels, edit))
         seeds = seeds_of(settings.pop("seed", None), len(indices))
-        grids, guidance, sampling = self._how(indices, edit, height, width, settings)
+        recipe = self._recipe(indices, edit, height, width, settings)
+        if len(indices) > 1:
+            refuse_results(self._pixels(recipe.schedule[-1]) if edit is None else edit.size, len(indices))
         at_once = None if batch_size is None else whole_number(batch_size, "batch_size", "give an integer of at least 1", least=1)
 
         def drawn(part: slice) -> Tensor:
             """On the CPU; the steps before the last are gone then."""
             own = None if edit is None else edit.part(part)
-            *_, last = self._steps(indices[part], seeds[part], own, grids, guidance, sampling)
-            with self._need(grids, len(indices[part]), guidance, own):
+            *_, last = self._steps(indices[part], seeds[part], own, recipe)
+            with self._need(recipe.schedule, len(indices[part]), recipe.guidance, own):
                 return self._making_room(lambda: output_ready(last.images, output_type))
 
-        ready = self._draw.recorded_batch(grids, guidance, sampling) if isinstance(self._draw, Recorded) and edit is None else 0
-        images = in_parts(self._need(grids, len(indices), guidance, edit), drawn, at_once, ready)
+        ready = self._draw.recorded_batch(recipe) if isinstance(self._draw, Recorded) and edit is None else 0
+        images = in_parts(self._need(recipe.schedule, len(indices), recipe.guidance, edit), drawn, at_once, ready)
         return FlexVAROutput(as_output(images, output_type), indices, seeds)
 
     @takes(DrawingSettings)
@@ -211,32 +214,30 @@ class FlexVARPipeline:
         """
         indices = self.labels_of(labels.listed(class_labels, edit))
         seeds = seeds_of(settings.pop("seed", None), len(indices))
-        return self._steps(indices, seeds, edit, *self._how(indices, edit, height, width, settings))
+        return self._steps(indices, seeds, edit, self._recipe(indices, edit, height, width, settings))
 
-    def _how(
-        self, indices: list[int], edit: Edit | None, height: int | None, width: int | None, settings: DrawingSettings
-    ) -> tuple[Schedule, Guidance, Sampling]:
-        """What the keywords of a call ask for."""
-        grids = self.settings.schedule_of(height, width, edit=edit, **settings)
-        guidance = needed_guidance(self.settings.guidance_of(**settings), indices, self.transformer.config.null_class)
-        return grids, guidance, self.settings.sampling_of(**settings)
+    def _recipe(self, indices: list[int], edit: Edit | None, height: int | None, width: int | None, settings: Mapping[str, Any]) -> Recipe:
+        """What the keywords of a call ask for, less guidance where no picture has a class."""
+        recipe = self.settings.recipe(height, width, edit=edit, **settings)
+        return replace(recipe, guidance=needed_guidance(recipe.guidance, indices, self.transformer.config.null_class))
 
-    def _steps(
-        self, indices: list[int], seeds: list[int], edit: Edit | None, grids: Schedule, guidance: Guidance, sampling: Sampling
-    ) -> Iterator[Step]:
+    def _pixels(self, grid: Size) -> Size:
+        """Height and width of the picture that a grid of codes becomes."""
+        return grid[0] * self.tokenizer.config.downsample, grid[1] * self.tokenizer.config.downsample
+
+    def _steps(self, indices: list[int], seeds: list[int], edit: Edit | None, recipe: Recipe) -> Iterator[Step]:
         """The steps of a drawing that was asked for in full."""
-        need = self._need(grids, len(indices), guidance, edit)
+        schedule, grid = recipe.schedule, self.settings.trained_grid
+        need = self._need(schedule, len(indices), recipe.guidance, edit)
         need.refuse_what_cannot_fit()
-        if max(grids[-1]) > 2 * self.settings.trained_grid:
-            *size, trained = (side * self.tokenizer.config.downsample for side in (*grids[-1], self.settings.trained_grid))
+        if max(schedule[-1]) > 2 * grid:
+            size, (trained, _) = self._pixels(schedule[-1]), self._pixels((grid, grid))
             warn(f"{size[0]} x {size[1]} px is more than twice the {trained} px of this model's training; expect waves and repeated parts")
         with need:
-            keep = None if edit is None else self._making_room(lambda: self._keep(edit, grids))
-            networks = self.tokenizer, self.transformer
-            steps = self._making_room(
-                lambda: generate(*networks, indices, grids, guidance=guidance, sampling=sampling, keep=keep, seeds=seeds, draw=self._draw)
-            )
-        return _watched(steps, need, edit, len(grids))
+            keep = None if edit is None else self._making_room(lambda: self._keep(edit, schedule))
+            drawing = partial(generate, self.tokenizer, self.transformer, indices, schedule, keep=keep, seeds=seeds, draw=self._draw)
+            steps = self._making_room(lambda: drawing(guidance=recipe.guidance, sampling=recipe.sampling))
+        return _watched(steps, need, edit, len(schedule))
 
     def _making_room(self, work: Callable[[], T]) -> T:
         """What the work gives; recorded drawings, where there are any, give way to it when memory runs out."""

@@ -116,8 +116,8 @@ def candidates(logits: Tensor, top_k: int, top_p: float, temperature: float = 1.
     Of logits that are equal to the last bit, no more than k are kept; the released code keeps all that equal the k-th.
     """
     kept = min(top_k or logits.shape[-1], logits.shape[-1])
-    values, codes = torch.topk(logits.float() / temperature, kept, dim=-1)  # (..., k), descending
-    probabilities = values.softmax(-1)
+    values, codes = torch.topk(logits.float(), kept, dim=-1)  # (..., k), descending
+    probabilities = (values / temperature).softmax(-1)
     if 0 < top_p < 1:
         larger = probabilities.cumsum(-1) - probabilities  # the sum of all larger ones
         probabilities = probabilities.masked_fill(larger >= top_p, 0.0)

@@ -41,7 +41,7 @@ NAMED: dict[str, tuple[int, ...]] = {
 }
 
 FINEST = 16
-GROWTH = 1.5  # beyond the trained grid, one scale to the next is at most this much larger on a side
+GROWTH = 1.5  # beyond the trained grid, one scale to the next is, before rounding, at most this much larger on a side
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,15 @@ class Schedule:
         return cls(_merged(_scaled(_row(steps - extra), trained_grid, trained_grid))).grown(h, w)
 
     def grown(self, h: int, w: int) -> Schedule:
-        """This schedule continued to a larger grid in geometric steps, each at most 1.5 times the one before on a side."""
+        """This schedule continued to a larger grid in geometric steps, before rounding at most 1.5 times on a side.
+
+        Raises ValueError for a grid that is smaller on a side.
+        """
         last_h, last_w = self.sizes[-1]
+        if h < last_h or w < last_w:
+            raise ValueError(
+                f"a schedule that ends at {last_h}x{last_w} does not grow to {h}x{w}; give a grid at least as large on both sides"
+            )
         steps = _growths(max(h / last_h, w / last_w))
         shares = [(i + 1) / steps for i in range(steps)]
         beyond = [(round(last_h * (h / last_h) ** share), round(last_w * (w / last_w) ** share)) for share in shares]

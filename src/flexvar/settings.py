@@ -10,6 +10,7 @@ from flexvar.arguments import both_sides
 from flexvar.checkpoint import Model
 from flexvar.checks import warn, whole_number
 from flexvar.editing import Anchor, Edit, MaskRule
+from flexvar.generation import Recipe
 from flexvar.sampling import Greedy, Guidance, GuidanceKind, Sampling
 from flexvar.schedule import FINEST, Schedule, ScheduleLike, check_steps, grid_of
 from flexvar.sheet import OutputType
@@ -78,34 +79,36 @@ class OutpaintSettings(MaskedEditSettings, SizedEditSettings, total=False):
 
 
 class Settings:
-    """Guidance, sampling and schedule of a call, by the keywords of `FlexVARPipeline.stream`; others are passed over."""
+    """What the keywords of `FlexVARPipeline.stream` ask for, and the model's defaults where they do not."""
 
     def __init__(self, model: Model) -> None:
         self.defaults = model.defaults
         self.downsample = model.tokenizer.config.downsample
         self.trained_grid = FINEST if model.transformer is None else model.transformer.config.trained_grid
 
-    def guidance_of(
+    def recipe(
         self,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        edit: Edit | None = None,
+        num_inference_steps: int | None = None,
+        schedule: ScheduleLike | None = None,
         guidance: GuidanceKind | None = None,
         guidance_scale: float | None = None,
         split_guidance: bool | None = None,
         guidance_stop: int | None = None,
-        **_: Any,
-    ) -> Guidance:
-        """The guidance that a call's keywords ask for, and the model's default where they do not."""
-        return _replaced(self.defaults.guidance, kind=guidance, scale=guidance_scale, split=split_guidance, stop=guidance_stop)
-
-    def sampling_of(
-        self,
         top_k: int | None = None,
         top_p: float | None = None,
         temperature: float | None = None,
         greedy: Greedy | None = None,
-        **_: Any,
-    ) -> Sampling:
-        """The sampling that a call's keywords ask for, and the model's default where they do not."""
-        return _replaced(self.defaults.sampling, top_k=top_k, top_p=top_p, temperature=temperature, greedy=greedy)
+    ) -> Recipe:
+        """How a call draws that has these keywords. Raises ValueError where they are out of range or contradict each other."""
+        return Recipe(
+            self.schedule_of(height, width, num_inference_steps, schedule, edit=edit),
+            _replaced(self.defaults.guidance, kind=guidance, scale=guidance_scale, split=split_guidance, stop=guidance_stop),
+            _replaced(self.defaults.sampling, top_k=top_k, top_p=top_p, temperature=temperature, greedy=greedy),
+        )
 
     def schedule_of(
         self,
@@ -115,7 +118,6 @@ class Settings:
         schedule: ScheduleLike | None = None,
         *,
         edit: Edit | None = None,
-        **_: Any,
     ) -> Schedule:
         """The schedule that size and steps, a list of scales, or an edit ask for.
 
@@ -129,6 +131,11 @@ class Settings:
             height, width = own
         if schedule is not None:
             given = Schedule.of(schedule)
+            if edit is not None and given[-1] != edit.grid:
+                (h, w), (end_h, end_w) = edit.grid, given[-1]
+                raise ValueError(
+                    f"the edit draws {h}x{w} codes, but the schedule ends at {end_h}x{end_w}; end it at {h}x{w}, or leave it out"
+                )
             for name, asked, side in (("height", height, given[-1][0] * f), ("width", width, given[-1][1] * f)):
                 if asked not in (None, side):
                     raise ValueError(f"{name} is {asked}, but the schedule ends at {side} px; give one of the two, or let them agree")
@@ -140,7 +147,8 @@ class Settings:
             check_steps(asked)
             found = edit.schedule(asked, trained_grid)
             if steps is not None and len(found) > steps:
-                warn(f"{len(found)} scales are drawn instead of {steps}: each is at most 1.5 times the one before beyond the picture's own")
+                growth = "beyond the picture's own each is at most about 1.5 times the one before"
+                warn(f"{len(found)} scales are drawn instead of {steps}: {growth}")
             return found
         height, width = both_sides(height, width, (self.defaults.height, self.defaults.width), f)
         if steps is None:  # nobody asked for so many

@@ -275,7 +275,7 @@ class Transformer(nn.Module):
         attention: AttentionName = "by-scale",
         recompute: bool = False,
     ) -> Tensor:
-        """Teacher forcing: logits (B, L, V), float32, of all scales at once.
+        """Teacher forcing: logits (B, L, V), float32, of all scales at once; within autocast rounded by the head to its dtype, as released.
 
         labels: (B,), int64. inputs: (B, L - first, C), from `Tokenizer.inputs`. paths: (depth, 2, B), the factor of each residual path
         when some are dropped (stochastic depth: 0, or one over the kept share). attention: the way to compute it, without a change in

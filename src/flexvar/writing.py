@@ -45,10 +45,12 @@ def write_together(writes: Mapping[Path, Write]) -> None:
 def write_whole_folder(folder: Path, write: Callable[[Path], T]) -> T:
     """Lets `write` fill a folder beside `folder` and puts it in the place of what is there when it is complete; gives what `write` gives.
 
-    Raises OSError where the folder cannot be replaced (the current one, one above it, or the root of a file system), and where it cannot
-    be written; what `write` raises of another place is left as it is.
+    Raises OSError where the folder cannot be replaced (it is a file, the current folder, one above it, or the root of a file system), and
+    where it cannot be written; what `write` raises of another place is left as it is.
     """
     folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder")
     if folder.is_mount() or Path.cwd().is_relative_to(folder):
         raise OSError(f"{folder} is in use and cannot be replaced as a whole; name a folder in it")
     make_folder(folder.parent)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import WeakFileLock
+
+from flexvar.writing import make_folder
 
 BUNDLED = ("emoji",)
 RELEASED_REPOSITORY = "jiaosiyu1999/FlexVAR"
@@ -48,6 +53,14 @@ def cache_folder() -> Path:
     """Where converted models are kept: FLEXVAR_CACHE, or `flexvar` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("FLEXVAR_CACHE") or Path(home) / "flexvar")
+
+
+@contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Of all processes of this machine: one makes what the cache folder lacks while the others wait, and then find it there."""
+    make_folder(cache_folder())
+    with WeakFileLock(cache_folder() / f".{name}.lock"):
+        yield
 
 
 def fetch_released(name: str) -> tuple[Path, Path]:

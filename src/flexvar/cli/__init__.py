@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Sequence
 
 from flexvar.cli.commands import run_train
-from flexvar.cli.parsing import parser
+from flexvar.cli.parsing import parsed, parser
 
 __all__ = ["main", "parser"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit status: 0, 2 for a mistake that one line on stderr explains, 130 when interrupted."""
-    words = parser().parse_args(arguments)
+    words = parsed(arguments)
     if words.run is not run_train:  # large pages on Linux, for which torch asks when it first allocates: faster decoding, slower training
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with warnings.catch_warnings():
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             if os.environ.get("FLEXVAR_TRACEBACK") or not is_out_of_memory(error):
                 raise
-            line = str(error) if isinstance(error, MemoryError) else ""  # torch's own lines name no mend
+            line = _one_line(error) if isinstance(error, MemoryError) else ""  # torch's own lines name no mend
             print(f"flexvar: {line or 'not enough memory; take smaller pictures or a smaller batch (see `flexvar plan`)'}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

@@ -133,14 +133,13 @@ def _drawn(
 ) -> tuple[list[Step], dict[str, Any]]:
     """The steps of some pictures, and how they were drawn, to be kept in their files."""
     from flexvar.progress import within
-    from flexvar.schedule import Schedule
     from flexvar.writing import make_folder
 
     drawing = pipe.stream(asked, edit=edit, seed=seeds, **settings)  # complains of wrong settings at once
     make_folder(words.out)
-    steps = list(within(drawing, len(pipe.settings.schedule_of(edit=edit, **settings)), "scales"))
-    guidance, sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
-    return steps, {"schedule": Schedule(tuple(step.size for step in steps)), "guidance": guidance, "sampling": sampling}
+    recipe = pipe.settings.recipe(edit=edit, **settings)
+    steps = list(within(drawing, len(recipe.schedule), "scales"))
+    return steps, {"schedule": recipe.schedule, "guidance": recipe.guidance, "sampling": recipe.sampling}
 
 
 def settings_of(words: Words) -> dict[str, Any]:

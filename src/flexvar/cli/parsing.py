@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +28,18 @@ class OneLine(argparse.ArgumentParser):
         self.exit(2, f"flexvar: {message}; see {self.prog} --help\n")
 
 
+def parsed(arguments: Sequence[str] | None = None) -> Words:
+    """The words of a command. A list of them may go on behind options, which argparse alone takes for a mistake."""
+    words, more = parser().parse_known_args(arguments)
+    name = getattr(words, "list_of", "")
+    unknown = [word for word in more if not name or word.startswith("-")]
+    if unknown:
+        words.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if more:
+        setattr(words, name, [*getattr(words, name), *more])
+    return words
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands with their options, help and an example each."""
     top = OneLine(
@@ -40,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[Words], None], about: str, example: str, under: Any = commands) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = under.add_parser(name, help=about, description=about, epilog=f"example: flexvar {example}")
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         return added
 
     def group(name: str, about: str, example: str) -> argparse.ArgumentParser:
@@ -51,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "sample", run_sample, "Draw pictures of classes.", 'sample pizza "cat face" --height 64 --width 128 --seed 7 --out out/'
     )
     sample.add_argument("classes", nargs="*", metavar="CLASS", help="class names or indices; none draws without a class")
+    sample.set_defaults(list_of="classes")
     add_model(sample)
     add_size(sample)
     add_drawing(sample)
@@ -71,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         added = command(stage, run_train, about, f"train {stage} configs/emoji/{stage}.yaml steps=500 run=runs/try", stages)
         added.add_argument("config", type=Path, metavar="CONFIG.yaml")
         added.add_argument("settings", nargs="*", metavar="key=value", help="settings that take the place of the config's")
-        added.set_defaults(stage=stage)
+        added.set_defaults(stage=stage, list_of="settings")
 
     cache = command(
         "cache", run_cache, "Store the features of a data set, for the training of transformers. Works under torchrun too.",
@@ -79,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     cache.add_argument("config", type=Path, metavar="CONFIG.yaml")
     cache.add_argument("settings", nargs="*", metavar="key=value", help="settings that take the place of the config's")
+    cache.set_defaults(list_of="settings")
     cache.add_argument("--check", action="store_true", help="instead: read the whole cache again and name what is damaged")
     add_overwrite(cache)
 
@@ -152,6 +166,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_edit(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("images", nargs="+", metavar="PICTURE", help="picture files")
+    command.set_defaults(list_of="images")
     command.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", help="class names or indices (default: no class)")
     add_model(command)
     if name == "refine":

@@ -136,15 +136,17 @@ def decoded(
 ) -> Image.Image:
     """The picture in the content of a file, or in a file, as `open_picture` or `convert` gives it; `name` is for the error.
 
-    Raises ValueError where it is no image or is damaged.
+    Raises ValueError where it is no image or is damaged, and MemoryError where it finds no room.
     """
     try:
         with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
             return (convert or upright_rgb)(image)
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not an image: replace or remove it") from None
+    except MemoryError:
+        raise MemoryError(f"not enough memory to read {name}; free some, or read with fewer processes (workers=)") from None
     except (Exception, Image.DecompressionBombError) as error:  # decoders raise anything on damaged data
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} cannot be read ({reason}): replace or remove it") from None
 
 

@@ -13,7 +13,6 @@ from flexvar.evaluation.extraction import PIECE
 from flexvar.evaluation.stored import AT_ONCE
 from flexvar.models import model_folder
 from flexvar.pipeline import FlexVARPipeline
-from flexvar.schedule import Schedule
 from flexvar.sheet import to_uint8
 from flexvar.zoo import MODEL_FILES, sha256
 
@@ -37,12 +36,11 @@ class DrawnPictures:
         self.caveats: list[str] = []
         self._seeds = seeds_of(seed, len(self))
         # Complains of wrong settings now, before anything is drawn.
-        self.schedule: Schedule = pipe.settings.schedule_of(**settings)
-        self._guidance, self._sampling = pipe.settings.guidance_of(**settings), pipe.settings.sampling_of(**settings)
+        self.recipe = pipe.settings.recipe(**settings)
         if not all(weight.isfinite().all() for network in (pipe.tokenizer, pipe.transformer) for weight in network.parameters()):
             raise ValueError(f"{name} has weights that are not finite; copy, fetch or train it again")
         f = pipe.tokenizer.config.downsample
-        self.size = self.schedule[-1][0] * f, self.schedule[-1][1] * f
+        self.size = self.recipe.schedule[-1][0] * f, self.recipe.schedule[-1][1] * f
         self.labels: list[str] | None = [pipe.class_name(place % self._classes) for place in range(len(self))]
 
     def __len__(self) -> int:
@@ -66,9 +64,9 @@ class DrawnPictures:
             "model": self.name,
             "sha256": {file: sha256(folder / file) for file in MODEL_FILES},
             "size": list(self.size),
-            "schedule": str(self.schedule),
-            "guidance": str(self._guidance),
-            "sampling": str(self._sampling),
+            "schedule": str(self.recipe.schedule),
+            "guidance": str(self.recipe.guidance),
+            "sampling": str(self.recipe.sampling),
             "pictures of each class": self.per_class,
             "classes": self._classes,
             "seeds": [self._seeds[0], self._seeds[-1]],

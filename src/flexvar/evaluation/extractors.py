@@ -126,8 +126,9 @@ def _cached_inception() -> Path:
     path = zoo.cache_folder() / INCEPTION_FILE
     if not path.is_file():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, _fetch_inception)
+            with zoo.one_at_a_time(INCEPTION_FILE):
+                if not path.is_file():  # another process may have fetched it
+                    write_whole(path, _fetch_inception)
         except ConnectionError:
             raise
         except OSError as error:  # a full disk, or a folder in which nothing may be written

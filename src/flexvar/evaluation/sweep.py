@@ -87,7 +87,9 @@ def sweep(
             continue
         report = evaluate(drawn, against, extractor, path.with_suffix(".scores.json"), intervals=True, overwrite=True)
         assert report is not None  # there is one process
-        trial = Trial(point, len(drawn.schedule), report.scores["fid"], report.intervals["fid"], _seconds_a_picture(drawn), report.scores)
+        trial = Trial(
+            point, len(drawn.recipe.schedule), report.scores["fid"], report.intervals["fid"], _seconds_a_picture(drawn), report.scores
+        )
         write_json(path, {"of": of, **asdict(trial)})
         trials.append(trial)
     return trials

@@ -52,7 +52,7 @@ def read_config(kind: type[C], path: Path | str, words: Sequence[str] = ()) -> C
 def write_config(config: RunConfig, path: Path) -> list[str]:
     """Writes the whole config, defaults included; names the settings that differ from those that stood there before."""
     new = OmegaConf.to_container(OmegaConf.structured(config))
-    old = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else new
+    old = OmegaConf.to_container(_parsed(str(path), partial(OmegaConf.load, path))) if path.is_file() else new
     text = OmegaConf.to_yaml(OmegaConf.create(new))
     write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
     before, after = _flat(old), _flat(new)
@@ -71,7 +71,7 @@ def _parsed(name: str, parse: Callable[[], Any]) -> Any:
     try:
         return parse()
     except Exception as error:  # what the YAML parser raises is its own affair
-        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} is not valid YAML ({' '.join(str(error).split())}); correct it") from error
 
 
 def _fault(error: OmegaConfBaseException, key: str) -> str:

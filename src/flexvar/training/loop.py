@@ -29,7 +29,7 @@ from flexvar.data.images import count_of_unreadable
 from flexvar.memory import is_out_of_memory
 from flexvar.processes import MOST_WORKERS
 from flexvar.rates import device_name, matrix_rate
-from flexvar.training.meter import Meter, Work, nested
+from flexvar.training.meter import Meter, Work, nested, peak_memory
 from flexvar.training.optimiser import learning_rate, parameter_groups, precision
 from flexvar.training.order import Batch, shared
 from flexvar.training.run_folder import RunFolder
@@ -240,15 +240,14 @@ class _Run:
 
     def _speed(self, steps: int, seconds: float) -> dict[str, Any]:
         """Pictures, tokens and the share of the device's matrix rate, all processes together; memory on CUDA."""
-        speed: dict[str, Any] = {"pictures_per_second": steps * self.config.batch / seconds}
+        speed: dict[str, Any] = {"pictures_per_second": steps * self.config.batch / seconds} | peak_memory(self.device)
         if self.work.tokens:
             world = dist.get_world_size() if dist.is_initialized() else 1
             self.matrix_rate = max(self.matrix_rate, matrix_rate(self.device, self.dtype))  # the best so far: other work slows it
             speed["tokens_per_second"] = world * self.work.tokens / seconds
             speed["share_of_matrix_rate"] = self.work.flops / seconds / self.matrix_rate
+            peak_memory(self.device)  # that of measuring the rate is not to be the next one
         self.work = Work()
-        if self.device.type == "cuda":
-            speed["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return speed | {"skipped_steps": self.skipped, "unreadable_pictures": len(self.unreadable), "seconds": self.seconds}
 
     def _report(self, figures: dict[str, Any]) -> None:
@@ -298,8 +297,7 @@ class _Run:
         if scores := self.workshop.scored(self.average, self.step, again=again):
             self.folder.report({"step": self.step, "scores": scores})
             self._say(f"step {self.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # what is reported is the peak of training
+        peak_memory(self.device)  # nor is that of drawing
 
     def _measure(self) -> dict[str, Any]:
         with torch.no_grad(), self._autocast():

@@ -1,4 +1,4 @@
-"""Figures of many steps and processes, averaged."""
+"""Figures of many steps and processes, averaged; peaks of memory."""
 
 from __future__ import annotations
 
@@ -44,6 +44,15 @@ class Meter:
             means /= dist.get_world_size()
         self.sums, self.counts = {}, {}
         return dict(zip(names, means.tolist(), strict=True))
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """`peak_memory_gib`: the most that tensors took on a GPU since this was last asked; nothing elsewhere."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_memory_gib": peak}
 
 
 def nested(figures: dict[str, float]) -> dict[str, float | dict[str, float]]:

@@ -66,8 +66,9 @@ class RunFolder:
         """Readies the folder for going on at a step; names the settings that differ from those before."""
         for folder in (self.path, self.sheets, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
-        for left in self.path.rglob(".*.unfinished"):  # of a process that was killed while writing
-            left.unlink()
+        for folder in (self.path, self.sheets, self.checkpoints, self.scores, self.model, self.best):
+            for left in folder.glob(".*.unfinished"):  # of a process that was killed while writing
+                left.unlink()
         if self.log.is_file():  # what was reported after the checkpoint will be reported again
             lines = [line for line in self.log.read_text(encoding="utf-8").splitlines() if _is_from(line, step)]
             write_whole(self.log, lambda path: path.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
