@@ -259,7 +259,7 @@ def test_damage_is_named_in_one_line(model: Model, tmp_path: Path, harm, words: 
         ("class_names", ["a", 2], "class_names is not a list"),
         ("provenance", None, "provenance is not a table"),
         ("aliases", ["e"], "aliases is not a table"),
-        ("aliases", {"e": "f"}, "aliases calls a class 'f' 'e', but no class has that name"),
+        ("aliases", {"e": "f"}, "aliases has 'e' for the class 'f', which does not exist"),
         ("defaults", None, "TypeError"),
         ("defaults.height", "64", "height of the defaults is '64'"),
         ("defaults.width", 0, "width of the defaults is 0"),

@@ -75,7 +75,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
         (["sample", "pizza", "--out", "/proc/out"], "the folder /proc/out could not be made ("),
         (["edit", "refine", "photo.png", "--out", "/proc/out"], "the folder /proc/out could not be made ("),
         (["sample", "pizza", "--out", "/proc"], "/proc/pizza-seed0.png could not be written ("),
-        (["data", "shapes", "/proc/out"], "/proc/out could not be written ("),
+        (["data", "shapes", "/proc/out"], "the folder /proc/out/circle could not be made ("),
     ],
 )
 def test_a_folder_that_cannot_be_made_is_told_with_a_mend(
@@ -94,7 +94,7 @@ def test_a_file_in_the_place_of_the_folder_is_told_before_the_model_is_moved(mod
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("flexvar.cli.drawing.move", lambda *_: pytest.fail("it was moved"))
     assert main(["sample", "pizza", "--model", model, "--out", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err == f"flexvar: {tmp_path / 'file'} is a file; choose another --out\n"
+    assert capsys.readouterr().err == f"flexvar: {tmp_path / 'file'} is a file; name a folder\n"
 
 
 def test_nothing_is_overwritten_unasked(model: str, tmp_path: Path, capsys) -> None:

@@ -73,13 +73,13 @@ def test_lists_words_and_mistakes() -> None:
     assert Schedule.of([5, 5]).tokens == 50
     assert Schedule.parse("1,2,4") == Schedule.square([1, 2, 4])
     assert Schedule.parse("1x1, 2x3") == Schedule.of([1, (2, 3)])
-    assert Schedule.parse("512-15").tokens == 2534
+    assert Schedule.parse(" 512-15").tokens == 2534
     for text in ("", "1,,2", "a", "1x2x3", "1;2"):
         with pytest.raises(ValueError, match="is not a schedule"):
             Schedule.parse(text)
     for number in ("5", "15", " 16"):
         with pytest.raises(
-            ValueError, match=f"'{number}' is no published schedule .*; write one scale as 5x5, or ask for a number of steps"
+            ValueError, match=f"'{number.strip()}' is no published schedule .*; write one scale as 5x5, or ask for a number of steps"
         ):
             Schedule.parse(number)
     assert Schedule([1, [2, 3]]) == Schedule(((1, 1), (2, 3)))  # type: ignore[arg-type,list-item]

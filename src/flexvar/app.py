@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
+from flexvar.arguments import SEEDS
 from flexvar.editing import EDITS, Edit
 from flexvar.memory import is_out_of_memory
 from flexvar.pipeline import FlexVARPipeline
@@ -32,7 +33,6 @@ except ModuleNotFoundError:
     raise ModuleNotFoundError("the page needs a package: pip install 'flexvar[app]'") from None
 
 HOST = "127.0.0.1"  # this machine alone
-LARGEST_SEED = 2**32 - 1
 HOUR = 3600  # seconds
 MOST_PIXELS = 2**25  # of an uploaded picture, which may be a small file all the same
 PAINT = "#e6007e"  # seen on most pictures
@@ -133,9 +133,9 @@ def mask_of(painted: dict[str, Any], size: tuple[int, int]) -> Image.Image:
 def seed_of(seed: float | None, anew: bool) -> int:
     """The seed in the page's field, or a new one. ValueError where it is none."""
     if anew:
-        return secrets.randbelow(LARGEST_SEED + 1)
-    if seed is None or not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"the seed is {seed}; give a whole number from 0 to {LARGEST_SEED}")
+        return secrets.randbelow(SEEDS)
+    if seed is None or not 0 <= seed < SEEDS:
+        raise ValueError(f"the seed is {seed}; give a whole number from 0 to {SEEDS - 1}")
     return int(seed)
 
 

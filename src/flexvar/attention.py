@@ -28,7 +28,10 @@ NARROWEST_HEAD, FEWEST_SCORES = 32, 2**18
 """For which attention by convolutions is worth it: with less of either, torch's is as fast or faster (benchmarks/RESULTS.md, machine D)."""
 
 MOST_SCORES = 2**24
-"""Of one picture at the same time, before and after the softmax: 128 MiB. Fewer take longer, as keys are laid out anew each time."""
+"""Held of one picture at the same time (heads x queries x keys): 128 MiB, before and after the softmax together.
+
+Smaller pieces take longer, as oneDNN lays the keys out anew for each.
+"""
 
 AttentionName: TypeAlias = Literal["by-scale", "mask", "flex", "padded"]
 

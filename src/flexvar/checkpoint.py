@@ -65,7 +65,7 @@ class _Config:
     defaults: Defaults
     provenance: dict[str, Any]
     aliases: dict[str, str]
-    digests: dict[str, str]  # by file, of its weights; the file says it too, so that files of two saves are not taken for one model
+    digests: dict[str, str]  # of each weights file, which holds its own too: files of two saves do not pass for one model
 
     def __post_init__(self) -> None:
         if not isinstance(self.class_names, tuple) or not all(isinstance(name, str) for name in self.class_names):
@@ -80,7 +80,7 @@ class _Config:
             self._check_that_they_fit(self.transformer)
         for alias, name in self.aliases.items():
             if name not in self.class_names:
-                raise ValueError(f"aliases calls a class {name!r} {alias!r}, but no class has that name; name one of class_names")
+                raise ValueError(f"aliases has {alias!r} for the class {name!r}, which does not exist; name one of class_names")
 
     def _check_that_they_fit(self, transformer: TransformerConfig) -> None:
         for name in ("codebook_size", "code_width"):

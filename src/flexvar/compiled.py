@@ -31,12 +31,12 @@ from flexvar.tokenizer.networks import Convolution, Upsample
 from flexvar.transformer import Transformer
 
 MOST_RECORDINGS = 4
-"""Each holds the memory of its whole drawing. Before a fifth is made all go.
+"""Each holds the memory of its whole drawing. All are dropped before a fifth is made.
 
-In torch 2.13 a dropped recording takes the cuBLAS workspaces of its stream along (pytorch issue 193402), and torch hands out 32 streams in
-turn: one that stayed while others came and went would in time share a stream with one of those, and lose its workspaces.
-So five settings in rotation never meet their recordings, nor do settings that change at every picture: each picture is then drawn three
-times, and drawing without `pipe.compile()` is faster.
+All, because of torch 2.13: a dropped recording takes the cuBLAS workspaces of its stream along (pytorch issue 193402), and torch hands out
+32 streams in turn. One that stayed while others came and went would in time share a stream with one of those, and lose its workspaces.
+Five recipes in rotation, or a new one for every picture, are so recorded anew each time, which draws each picture three times: drawing
+without `pipe.compile()` is faster then.
 """
 
 MOST_COMPILATIONS = 64

@@ -26,7 +26,7 @@ from flexvar.tokenizer import Tokenizer, TokenizerConfig
 from flexvar.transformer import MODULATIONS, Transformer, TransformerConfig
 
 BLOCKS = 2
-"""That stand for all in a drawing whose memory is counted: the second one begins with what the first one left."""
+"""That are run when the memory of a drawing is counted. Two are enough: from the second on, each starts with the same tensors alive."""
 
 
 # -- networks --
@@ -60,7 +60,7 @@ def parameters_of(network: nn.Module) -> int:
 
 
 def of_any_depth(count: Callable[[nn.Module], int], config: TransformerConfig, dtype: torch.dtype, int8: bool = False) -> int:
-    """A count of a transformer, by two of one and of two blocks, since every further block has as many: so any depth is quickly counted."""
+    """A count of a transformer of any depth, by those of one and of two blocks: every further block adds as many as the second."""
     one, two = (count(empty_transformer(config, depth, dtype, int8)) for depth in (1, 2))
     return one + (config.depth - 1) * (two - one)
 

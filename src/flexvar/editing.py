@@ -341,7 +341,7 @@ def _reduced(tensor: Tensor, most_pixels: int) -> Tensor:
 def _stretched(
     small: Tensor, canvas: Tensor, size: tuple[float, float], f: int, most_pixels: int
 ) -> tuple[Size, tuple[int, int, int, int]]:
-    """The codes (h, w) to draw so that what is the picture of a padded canvas has so many pixels, and which part of the drawing that is."""
+    """The grid (h, w) to draw, and the crop of the drawing that shows the picture without its padding, at about `size` px."""
     shown_h, shown_w = small.shape[-2] / canvas.shape[-2], small.shape[-1] / canvas.shape[-1]
     grid = _grid_within(size[0] / shown_h, size[1] / shown_w, f, most_pixels)
     return grid, (0, 0, max(1, round(grid[0] * f * shown_h)), max(1, round(grid[1] * f * shown_w)))

@@ -27,13 +27,13 @@ class Step:
     size: Size  # (h, w)
     codes: Tensor  # (B, h, w), int64
     decode: Callable[[Tensor], Tensor] = field(repr=False)  # the tokenizer's
-    total: Tensor = field(default_factory=lambda: torch.zeros(1), repr=False)  # (B,), of all that the head has read: finite if that was
+    total: Tensor = field(default_factory=lambda: torch.zeros(1), repr=False)  # (B,), sum of what the head read; finite if that was
 
     @cached_property
     def images(self) -> Tensor:
         """The scale as pictures (B, 3, h·f, w·f), about [-1, 1], not clamped; decoded when first asked for.
 
-        Raises ValueError where a number on the way to them was not finite: codes are chosen from any, and such a picture may look fine.
+        Raises ValueError where a number on the way to them was not finite: codes are chosen even then, and the picture may look fine.
         """
         with torch.no_grad():
             images = self.decode(self.codes)

@@ -29,8 +29,8 @@ class KeyValueCache:
     def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all scales so far, and of the one being drawn: (B, H, n, D / H) each.
 
-        They are written, and returned as views; what goes beyond the room is the last scale, whose keys and values are not kept.
-        Raises ValueError where there is no room for them.
+        The new ones are stored where there is room, and views are returned. The last scale finds none, by design: it is joined to copies
+        of the others and not stored. Raises ValueError for a scale behind that one.
         """
         end, room = self.filled + keys.shape[2], self.memory.shape[4]
         if self.filled > room:

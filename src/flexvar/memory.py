@@ -128,10 +128,12 @@ class MemoryNeed(ContextDecorator):
 
 
 def in_parts(need: MemoryNeed, draw: Callable[[slice], Tensor], at_once: int | None = None, ready: int = 0) -> Tensor:
-    """All pictures of a batch, so many at once; where that is left to us what fits, and fewer where that turns out to be too many.
+    """Draws a batch in parts and joins what they give.
 
-    draw: what a part of the pictures gives. ready: as many have their memory already, whatever is free.
-    Raises MemoryError where even one does not fit, or so many as were asked for.
+    draw: what a part of the pictures gives. at_once: how many make a part, for which MemoryError is raised where they do not fit; None
+    takes what fits into the free memory, and half of that where it turns out to be too many. ready: a number whose memory is held already
+    (by a recording), and which is tried whatever is free.
+    Raises MemoryError where even one does not fit.
     """
     drawn: list[Tensor] = []
     start, step = 0, max(ready, need.at_once()) if at_once is None else at_once

@@ -28,7 +28,9 @@ MOST_WORKERS = 8
 
 
 def pick_device(exchanging: bool = False) -> torch.device:
-    """The accelerator of this process, or the CPU: there too where processes exchange tensors that lie on MPS, which gloo does not carry.
+    """The accelerator of this process, or the CPU.
+
+    exchanging: several processes will exchange tensors. Then it is the CPU on a Mac: gloo does not carry tensors that lie on MPS.
 
     Raises ValueError for more processes than this machine has GPUs.
     """
@@ -68,14 +70,30 @@ def processes(device: torch.device, patience: timedelta | None = None) -> Iterat
             gc.collect()  # a DistributedDataParallel holds the group, and itself
 
 
+def rank() -> int:
+    """The number of this process among all, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Until every process has come this far."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def _of_the_others(error: RuntimeError) -> str:
     """What happened to one process because of another, and what it was at: the innermost function of ours."""
-    rank, world, said = dist.get_rank(), dist.get_world_size(), " ".join(str(error).split())
+    said = " ".join(str(error).split())
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(Path(__file__).parent)]
     at = f"{Path(ours[-1].filename).name}, {ours[-1].name}"
     waited = any(word in said.lower() for word in ("timed out", "timeout"))
     what = "waited for another one in vain, which hangs or has ended" if waited else "lost another one, whose own line says why"
-    return f"process {rank} of {world} (from 0) {what}; it was at {at}: {said[:200]}"
+    return f"process {rank()} of {world_size()} (from 0) {what}; it was at {at}: {said[:200]}"
 
 
 def forbid_cudnn_attention() -> None:

@@ -74,12 +74,12 @@ class Schedule:
         """A Schedule as it is, one from a list whose integers are square scales and whose pairs are (h, w), or one from words (`parse`)."""
         if isinstance(schedule, Schedule):
             return schedule
-        return cls.parse(schedule) if isinstance(schedule, str) else cls(sizes_of(schedule))
+        return cls.parse(schedule) if isinstance(schedule, str) else cls(schedule)  # type: ignore[arg-type]
 
     @classmethod
     def square(cls, sides: Iterable[int]) -> Schedule:
         """Square scales with these sides."""
-        return cls(sizes_of(list(sides)))
+        return cls(tuple(sides))  # type: ignore[arg-type]
 
     @classmethod
     def named(cls, name: str) -> Schedule:
@@ -97,7 +97,8 @@ class Schedule:
 
         ValueError for anything else, and for a number that is no published name: it might be meant as one, or as a single scale.
         """
-        if text.strip().isdigit() and text not in NAMED:
+        text = text.strip()
+        if text.isdigit() and text not in NAMED:
             raise ValueError(
                 f"{text!r} is no published schedule ({', '.join(NAMED)}); write one scale as 5x5, or ask for a number of steps"
             )

@@ -166,13 +166,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Class labels and earlier codes to logits over the codebook."""
+    """Class labels and earlier codes to logits over the codebook. `gain_factor`: see `initialise`."""
 
     WITHOUT_DECAY = ("positions",)
 
     made_faster: frozenset[str] = frozenset()  # "int8", "compiled": how it was changed in place, for drawing alone
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, gain_factor: float = 1e-3) -> None:
         super().__init__()
         self.config = config
         width = config.width
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
         self.shared_modulation = nn.Linear(width, MODULATIONS * width) if config.shared_modulation else None
         self.final_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, config.codebook_size)
-        self.initialise()
+        self.initialise(gain_factor)
 
     @torch.no_grad()
     def initialise(self, gain_factor: float = 1e-3) -> None:

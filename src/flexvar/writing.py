@@ -49,8 +49,7 @@ def write_whole_folder(folder: Path, write: Callable[[Path], T]) -> T:
     where it cannot be written; what `write` raises of another place is left as it is.
     """
     folder = folder.resolve()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; name a folder")
+    refuse_file(folder)
     if folder.is_mount() or Path.cwd().is_relative_to(folder):
         raise OSError(f"{folder} is in use and cannot be replaced as a whole; name a folder in it")
     make_folder(folder.parent)
@@ -72,6 +71,12 @@ def write_whole_folder(folder: Path, write: Callable[[Path], T]) -> T:
             before.rename(folder)
         shutil.rmtree(beside, ignore_errors=True)
     return result
+
+
+def refuse_file(folder: Path) -> None:
+    """FileExistsError where a file is in a folder's place."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder")
 
 
 def make_folder(folder: Path) -> None:

@@ -86,8 +86,9 @@ def run_data(words: Words) -> None:
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     """Raises FileExistsError unless the folder is free, or a data set of ours that may be replaced as a whole."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; name a folder for the pictures")
+    from flexvar.writing import refuse_file
+
+    refuse_file(out)
     if out.is_dir() and any(out.iterdir()):
         about = out / "README.txt"
         if not about.is_file() or "Source: flexvar" not in about.read_text(encoding="utf-8", errors="replace"):

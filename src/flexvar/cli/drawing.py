@@ -235,8 +235,9 @@ def _file_name(pipe: FlexVARPipeline, label: int) -> str:
 
 def _check_free(folder: Path, paths: Sequence[Path], overwrite: bool) -> None:
     """Raises FileExistsError where a file is in the folder's place, or in that of a picture and may not be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; choose another --out")
+    from flexvar.writing import refuse_file
+
+    refuse_file(folder)
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise FileExistsError(f"{existing[0]} exists; choose another --out or --seed, or add --overwrite")

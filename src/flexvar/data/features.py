@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from flexvar.data.source import PictureSource, check_request
 from flexvar.progress import progress
 from flexvar.schedule import Size, grid_of
-from flexvar.writing import write_whole
+from flexvar.writing import make_folder, refuse_file, write_whole
 
 FORMAT = 1
 SETTINGS = "cache.json"
@@ -147,9 +147,8 @@ class CacheWriter:
 
     def __init__(self, folder: Path | str, settings: CacheSettings, *, overwrite: bool = False) -> None:
         self.folder, self.settings, self._shards = Path(folder), settings, _Shards(Path(folder), settings)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise FileExistsError(f"{folder} is a file: name a folder for the cache")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        refuse_file(self.folder)
+        make_folder(self.folder)
         if overwrite:
             for path in (*self.folder.glob("features-*.safetensors"), *self.folder.glob(".features-*.unfinished")):
                 path.unlink()

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from flexvar.progress import progress
-from flexvar.writing import write_whole
+from flexvar.writing import make_folder, refuse_file, write_whole
 
 
 @runtime_checkable
@@ -64,8 +64,7 @@ def write_pictures(
     out = Path(out)
     if count_per_class < 1:
         raise ValueError(f"count_per_class is {count_per_class}: ask for at least 1 picture of each class")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: name a folder for the pictures")
+    refuse_file(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty: choose another folder, or overwrite it with --overwrite")
 
@@ -76,7 +75,7 @@ def write_pictures(
         if drawn != label:
             raise ValueError(f"picture {number} of class {label} has label {drawn}: only drawn sources can be written")
         folder = out / source.class_names[label]
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_whole(folder / f"{number:04d}.png", partial(Image.fromarray(pixels).save, format="PNG"))
     licence = getattr(source, "licence", "see the source")
     about = (

@@ -167,6 +167,6 @@ def extract_beside(
 
 
 def _save(batch: Tensor, folder: Path, start: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for place, pixels in enumerate(batch.permute(0, 2, 3, 1).contiguous().numpy(), start):
         write_whole(folder / f"{place:06d}.png", partial(Image.fromarray(pixels).save, format="PNG"))

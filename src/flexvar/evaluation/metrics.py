@@ -241,7 +241,7 @@ def _centred(reference: Array, samples: Array) -> tuple[Tensor, Tensor]:
     one, other = _pair(reference, samples, 1)
     dtype = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
     one, other = one.to(dtype), other.to(dtype)
-    shift = one.mean(0).bfloat16().to(dtype)  # of few digits, so that nothing is rounded between round numbers
+    shift = one.mean(0).bfloat16().to(dtype)  # of few binary digits: subtracting it from features of few digits is exact
     return one - shift, other - shift
 
 

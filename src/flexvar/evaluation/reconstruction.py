@@ -40,7 +40,7 @@ class ScaleQuality:
 
     @property
     def perplexity(self) -> float:
-        """How many codes, used alike, would be as surprising as those that were used: from 1 to V."""
+        """exp of the entropy of the codes' use, from 1 to V: so many codes, used equally often, would have the same entropy."""
         return torch.special.entr(self.counts / self.counts.sum()).sum().exp().item()
 
     def means(self) -> dict[str, float]:

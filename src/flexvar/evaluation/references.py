@@ -15,7 +15,7 @@ from flexvar.evaluation.metrics import RunningMoments, frechet_distance, moments
 from flexvar.evaluation.npz import PICTURES, array_names, open_npz, read_array, write_npz
 from flexvar.evaluation.stored import PictureSet, chosen, open_pictures
 from flexvar.schedule import Size
-from flexvar.writing import check_writable
+from flexvar.writing import check_writable, make_folder
 from flexvar.zoo import cache_folder, sha256
 
 Moments = tuple[np.ndarray, np.ndarray]
@@ -76,14 +76,14 @@ def read_reference(path: Path | str, extractor: Extractor) -> Reference:
             caveats += _disagreement(stored["pool"], made["pool"], len(pictures))
     used = {**made, **stored}
     return Reference(
-        path.name,
-        pictures.about["sha256"],
-        used["pool"],
-        used.get("spatial"),
-        features.pool,
-        pictures.size,
-        tuple(stored),
-        caveats,
+        name=path.name,
+        sha256=pictures.about["sha256"],
+        moments=used["pool"],
+        spatial=used.get("spatial"),
+        pool=features.pool,
+        size=pictures.size,
+        stored=tuple(stored),
+        caveats=caveats,
     )
 
 
@@ -121,7 +121,7 @@ def write_reference(
     arrays = dict(zip(("mu", "sigma"), pool.moments(), strict=True)) | {EXTRACTOR: np.array(extractor.sha256)}
     if spatial.count:
         arrays |= dict(zip(("mu_s", "sigma_s"), spatial.moments(), strict=True))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     single = (batch for place in kept for batch in pictures.batches(range(place, place + 1)))
     write_npz(out, arrays, len(kept), pictures.size, single)
     return len(pictures)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flexvar.writing import write_whole
+from flexvar.writing import make_folder, write_whole
 
 FORMAT = 1
 PUBLISHED_COUNT = 50_000  # pictures behind published scores
@@ -26,7 +26,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file; it appears when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 

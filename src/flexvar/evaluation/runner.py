@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from flexvar.evaluation.extraction import FeatureStore, extract
 from flexvar.evaluation.extractors import Extractor
@@ -16,8 +15,8 @@ from flexvar.evaluation.references import Reference, read_reference
 from flexvar.evaluation.report import machine
 from flexvar.evaluation.scores import Report, check_all, score
 from flexvar.evaluation.stored import PictureSet
-from flexvar.processes import without_tf32
-from flexvar.writing import check_writable
+from flexvar.processes import rank, wait_for_all, without_tf32, world_size
+from flexvar.writing import check_writable, make_folder, refuse_file
 
 
 @without_tf32()
@@ -39,7 +38,7 @@ def evaluate(
     beside `out`, which is removed at the end.
     Raises FileExistsError where something is there already and `overwrite` is not set; else see `read_reference` and `score`.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    number, world = rank(), world_size()
     folder = out.parent / f"{out.name}.unfinished"
     about = {
         "samples": json.loads(json.dumps(pictures.about)),
@@ -47,7 +46,7 @@ def evaluate(
         "pictures kept": None if npz is None else str(npz.resolve()),
         "files": None if pngs is None else str(pngs.resolve()),
     }
-    if rank == 0:
+    if number == 0:
         read = [] if isinstance(reference, Reference) else [reference]
         # An .npz may stand where the report found no room.
         check_writable(out, npz, overwrite=overwrite or folder.exists(), read=read)
@@ -63,16 +62,16 @@ def evaluate(
             except FileExistsError:
                 store.remove()
                 raise
-    _wait()
-    if rank > 0:
+    wait_for_all()
+    if number > 0:
         store = FeatureStore(folder, len(pictures), about, begin=False)
-    extract(pictures, extractor, store, rank=rank, world=world, keep_pixels=npz is not None, pngs=pngs)
-    _wait()
-    if rank > 0:
+    extract(pictures, extractor, store, rank=number, world=world, keep_pixels=npz is not None, pngs=pngs)
+    wait_for_all()
+    if number > 0:
         return None
     report = score(pictures, store.read(), against, extractor, intervals=intervals)
     if npz is not None:
-        npz.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(npz.parent)
         write_npz(npz, _class_indices(pictures.labels), len(pictures), pictures.size, store.pixels())
     report.write(out)
     store.remove()
@@ -81,8 +80,7 @@ def evaluate(
 
 def _clear(folder: Path, overwrite: bool, read: Sequence[Path | str]) -> None:
     """Removes the numbered pictures of an earlier run. FileExistsError where there is something and it may not be overwritten."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; name a folder for the pictures")
+    refuse_file(folder)
     if any(Path(path).resolve() == folder.resolve() for path in read):
         raise FileExistsError(f"{folder} is also what is read; choose another folder for the pictures")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
@@ -97,9 +95,3 @@ def _class_indices(labels: Sequence[str] | None) -> dict[str, np.ndarray]:
         return {}
     numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     return {CLASSES: np.array([numbers[label] for label in labels])}
-
-
-def _wait() -> None:
-    """Until every process has come this far."""
-    if dist.is_initialized():
-        dist.barrier()

@@ -89,19 +89,19 @@ def score(pictures: PictureSet, features: Features, reference: Reference, extrac
     count, dimensions = features.pool.shape
     (height, width), counts = pictures.size, None if pictures.labels is None else dict(Counter(pictures.labels))
     return Report(
-        _scores(features, reference),
-        _intervals(pictures.labels, features, reference) if intervals else {},
-        [*caveats(pictures, features, extractor), *reference.caveats],
-        _notes(pictures, dimensions),
-        {**pictures.about, "count": count, "height": height, "width": width, "class counts": counts},
-        {
+        scores=_scores(features, reference),
+        intervals=_intervals(pictures.labels, features, reference) if intervals else {},
+        caveats=[*caveats(pictures, features, extractor), *reference.caveats],
+        notes=_notes(pictures, dimensions),
+        samples={**pictures.about, "count": count, "height": height, "width": width, "class counts": counts},
+        reference={
             "name": reference.name,
             "sha256": reference.sha256,
             "pictures": None if reference.pool is None else len(reference.pool),
             "stored moments": list(reference.stored),  # others were made of its pictures
         },
-        {"name": extractor.name, "sha256": extractor.sha256, "features": dimensions},
-        machine(extractor.device),
+        extractor={"name": extractor.name, "sha256": extractor.sha256, "features": dimensions},
+        machine=machine(extractor.device),
     )
 
 

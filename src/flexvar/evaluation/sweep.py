@@ -19,7 +19,7 @@ from flexvar.evaluation.references import read_reference
 from flexvar.evaluation.report import machine, read_json, write_json
 from flexvar.evaluation.runner import evaluate
 from flexvar.pipeline import FlexVARPipeline
-from flexvar.writing import write_whole
+from flexvar.writing import make_folder, write_whole
 
 TIMED = 3  # batches
 SWEPT = {
@@ -77,7 +77,7 @@ def sweep(
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*(dict.fromkeys(values) for values in grid.values()))]
     pictures = [DrawnPictures(pipe, model, per_class, seed=seed, batch=batch, **settings, **point) for point in points]
     against = read_reference(reference, extractor)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     trials = []
     for point, drawn in zip(points, pictures, strict=True):
         path = out / f"{re.sub('[^0-9a-z.-]+', '-', name_of(point))}.trial.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from flexvar.evaluation.stored import PictureSet, chosen, open_pictures
 from flexvar.models import model_folder
 from flexvar.processes import without_tf32
 from flexvar.progress import progress
-from flexvar.schedule import Schedule, ScheduleLike, Size
+from flexvar.schedule import Schedule, ScheduleLike, Size, parse_sizes
 from flexvar.settings import Settings
 from flexvar.sheet import to_uint8
 from flexvar.tokenizer import Tokenizer
@@ -136,27 +135,28 @@ def evaluate_tokenizer(
     }
     config, about = tokenizer.config, sets[0].about
     return TokenizerReport(
-        {
+        tokenizer={
             "model": str(name),
             "sha256": sha256(folder / TOKENIZER),
             "downsampling": config.downsample,
             "codebook size": config.codebook_size,
         },
-        {"pictures": about["pictures"], "sha256": about["sha256"], "count": len(places), "pictures at a time": batch},
-        measured,
-        None if extractor is None else {"name": extractor.name, "sha256": extractor.sha256},
-        None if lpips is None else {"vgg sha256": sha256(lpips[0]), "linear sha256": sha256(lpips[1])},
-        [] if extractor is None else _caveats(extractor, len(places)),
-        machine(torch.device(device)),
+        pictures={"pictures": about["pictures"], "sha256": about["sha256"], "count": len(places), "pictures at a time": batch},
+        sizes=measured,
+        extractor=None if extractor is None else {"name": extractor.name, "sha256": extractor.sha256},
+        lpips=None if lpips is None else {"vgg sha256": sha256(lpips[0]), "linear sha256": sha256(lpips[1])},
+        caveats=[] if extractor is None else _caveats(extractor, len(places)),
+        machine=machine(torch.device(device)),
     )
 
 
 def size_of(text: str) -> Size:
     """(height, width) as people type it: 256, or 384x512. ValueError for anything else."""
-    if not re.fullmatch(r"\d+(x\d+)?", text.lower()):
-        raise ValueError(f"{text!r} is not a size; write pixels as 256, or height x width as 384x512")
-    sides = [int(side) for side in text.lower().split("x")]
-    return sides[0], sides[-1]
+    try:
+        (size,) = parse_sizes(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a size; write pixels as 256, or height x width as 384x512") from error
+    return size
 
 
 def _sizes(model: Model, data: Path | str, asked: Sequence[Size] | None, schedule: ScheduleLike | None) -> Sequence[Size | None]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,7 +17,7 @@ from flexvar.data import FixedViews, PictureSource
 from flexvar.data.features import CacheSettings, CacheWriter, FeatureCache
 from flexvar.data.images import count_of_unreadable
 from flexvar.models import model_folder
-from flexvar.processes import forbid_tf32, pick_device, processes
+from flexvar.processes import forbid_tf32, pick_device, processes, wait_for_all
 from flexvar.progress import progress
 from flexvar.schedule import Size
 from flexvar.tokenizer import Tokenizer
@@ -59,14 +58,12 @@ def cache_features(config: CacheRun, overwrite: bool = False) -> Path:
         )
         if overwrite and rank == 0:
             CacheWriter(config.out, settings, overwrite=True)
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
         writer = CacheWriter(config.out, settings)
         own = [shard for shard in writer.missing() if shard % world == rank]
         for shard in progress(own, f"caching into {config.out}"):
             _write(writer, shard, views, tokenizer, config.batch, dtype)
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
         if rank == 0 and (unreadable := FeatureCache(config.out).unreadable):
             tqdm.write(count_of_unreadable(unreadable))
     return Path(config.out)

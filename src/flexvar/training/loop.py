@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from flexvar.data.images import count_of_unreadable
 from flexvar.memory import is_out_of_memory
-from flexvar.processes import MOST_WORKERS
+from flexvar.processes import MOST_WORKERS, wait_for_all, world_size
 from flexvar.rates import device_name, matrix_rate
 from flexvar.training.meter import Meter, Work, nested, peak_memory
 from flexvar.training.optimiser import learning_rate, parameter_groups, precision
@@ -119,7 +119,7 @@ class _Run:
         if self.step >= self.config.steps:
             self._say(f"{self.folder.path} is finished ({self.step} steps); raise steps= to go on")
             return self.folder.model
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        world = world_size()
         self._say(f"training on {self.device} in {self.made['precision']}, {world} process{'es' * (world > 1)}")
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -137,8 +137,7 @@ class _Run:
             self.wrapped = self.workshop  # with nothing that holds the group of processes, even where an error holds this run
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.barrier()  # with the first process, which is still saving, whatever comes next
+        wait_for_all()  # for the first one, which is still saving, whatever comes next
         if self.unreadable:
             self._say(count_of_unreadable(self.unreadable))
         if self.skipped_in_a_row >= self.config.bad_steps:
@@ -242,9 +241,8 @@ class _Run:
         """Pictures, tokens and the share of the device's matrix rate, all processes together; memory on CUDA."""
         speed: dict[str, Any] = {"pictures_per_second": steps * self.config.batch / seconds} | peak_memory(self.device)
         if self.work.tokens:
-            world = dist.get_world_size() if dist.is_initialized() else 1
             self.matrix_rate = max(self.matrix_rate, matrix_rate(self.device, self.dtype))  # the best so far: other work slows it
-            speed["tokens_per_second"] = world * self.work.tokens / seconds
+            speed["tokens_per_second"] = world_size() * self.work.tokens / seconds
             speed["share_of_matrix_rate"] = self.work.flops / seconds / self.matrix_rate
             peak_memory(self.device)  # that of measuring the rate is not to be the next one
         self.work = Work()
@@ -292,8 +290,7 @@ class _Run:
         self.folder.write_checkpoint(self.step, state, self.best[0] if self.best else None)
 
     def _score(self, again: bool = True) -> None:
-        if dist.is_initialized():
-            dist.barrier()  # with the first process, which has just saved the model
+        wait_for_all()  # for the first one, which has just saved the model
         if scores := self.workshop.scored(self.average, self.step, again=again):
             self.folder.report({"step": self.step, "scores": scores})
             self._say(f"step {self.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
@@ -308,12 +305,12 @@ class _Run:
         """The names that this process or another one has."""
         if not dist.is_initialized():
             return names
-        shares: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+        shares: list[set[str]] = [set() for _ in range(world_size())]
         dist.all_gather_object(shares, names)
         return set().union(*shares)
 
     def _earliest_shard(self) -> int:
-        """Of a stream: the first shard that some lane has not finished; where this piece began until all lanes have had a turn."""
+        """Of a stream: the earliest shard that any lane still reads; until all lanes have given a batch, the one this piece began at."""
         all_heard = self.step - self.first_step >= max(self.config.workers, MOST_WORKERS)
         earliest = torch.tensor(min(self.shards.values(), default=0) if all_heard else self.first_shard, device=self.device)
         if dist.is_initialized():
@@ -325,7 +322,7 @@ class _Run:
         if newest:
             self._load(newest)
         if dist.is_initialized():
-            seen: list[Any] = [None] * dist.get_world_size()
+            seen: list[Any] = [None] * world_size()
             dist.all_gather_object(seen, (self.step, (self.data.pictures, self.data.class_names)))
             steps, data = zip(*seen, strict=True)
             if len(set(steps)) > 1:

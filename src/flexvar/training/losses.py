@@ -1,5 +1,5 @@
-"""What is a formula in the losses. Of the tokenizer: how a gradient passes the codes, how codes are drawn together with features, how a
-picture is reduced to a scale. Of the transformer: what each code costs."""
+"""The formulas of the losses. Tokenizer: how a gradient passes the codes, how codes and features are drawn together, how a picture is
+reduced to a scale. Transformer: what each code costs."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flexvar.processes import world_size
+
 Figures = dict[str, Tensor]
 """Scalars by name; "loss/4x4" is the loss of the scale 4x4."""
 
@@ -41,7 +43,7 @@ class Meter:
         means = torch.stack([self.sums[name] / self.counts[name] for name in names])
         if dist.is_initialized() and not alone:
             dist.all_reduce(means)
-            means /= dist.get_world_size()
+            means /= world_size()
         self.sums, self.counts = {}, {}
         return dict(zip(names, means.tolist(), strict=True))
 

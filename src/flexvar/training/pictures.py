@@ -84,7 +84,10 @@ def batches_of(source: PictureSource | ShardSource, config: RunConfig, workers: 
 
 
 def reading_processes(config: RunConfig, device: torch.device) -> int:
-    """Processes for preparing pictures, as many on each machine: from their number follows which of them reads which shard."""
+    """Processes that prepare pictures beside each training process: the fewest that any machine allows.
+
+    All must have as many, since from their number follows which of them reads which shard.
+    """
     workers = torch.tensor(config.workers if config.workers >= 0 else spare_cores(), device=device)
     if dist.is_initialized():
         dist.all_reduce(workers, dist.ReduceOp.MIN)
@@ -100,8 +103,8 @@ def spare_cores() -> int:
 def _leave_signals_to_the_loop(_: int) -> None:
     """Ctrl-C, and the end of a job under torchrun or Slurm, reach all processes; the loop still needs its batch to finish a step.
 
-    So a worker leaves the group, where there are groups, and lets one request to end pass; the loop itself sends another to one that is
-    stuck. It also ends where the loop is no more.
+    So a worker ignores Ctrl-C, leaves the process group, and ignores the first SIGTERM; the second, which the loader sends to a worker that
+    is stuck, ends it. It also ends where the loop is no more.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -65,7 +65,7 @@ class RunFolder:
     def begin(self, config: RunConfig, step: int) -> list[str]:
         """Readies the folder for going on at a step; names the settings that differ from those before."""
         for folder in (self.path, self.sheets, self.checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         for folder in (self.path, self.sheets, self.checkpoints, self.scores, self.model, self.best):
             for left in folder.glob(".*.unfinished"):  # of a process that was killed while writing
                 left.unlink()

@@ -51,7 +51,7 @@ def start(config: TokenizerRun | TransformerRun) -> Path:
                 raise ValueError("tokenizer is empty; name the model folder of a trained tokenizer")
             painted = load(model_folder(config.tokenizer))
             workshop = TransformerWorkshop(config, painted, source.class_names)
-            if before := _begun_from(config):
+            if before := _begun_from(config, folder):
                 check_codes(before, painted.tokenizer, config.tokenizer)
             if held_out and not _same_classes(source.class_names, held_out.class_names):
                 raise ValueError(f"{config.data.held_out} has other classes than {config.data.path}; both need the same class folders")
@@ -78,11 +78,10 @@ def _same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
     return names == others or len(names) == len(others) == 1
 
 
-def _begun_from(config: TransformerRun) -> Path | None:
+def _begun_from(config: TransformerRun, folder: RunFolder) -> Path | None:
     """The folder of the model that a transformer goes on from: the run's own, else that of `init_from`."""
-    run = RunFolder(Path(config.run), config.keep)
-    if run.newest():
-        return run.model
+    if folder.newest():
+        return folder.model
     return model_folder(config.init_from) if config.init_from else None
 
 

@@ -18,6 +18,7 @@ from flexvar.checkpoint import Defaults, Model
 from flexvar.evaluation.lpips import LPIPS, load_lpips
 from flexvar.evaluation.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from flexvar.evaluation.reconstruction import quality_by_scale, use_of_all
+from flexvar.processes import rank, world_size
 from flexvar.schedule import Schedule, Size, grid_of
 from flexvar.sheet import sheet, to_pil
 from flexvar.tokenizer import Tokenizer, TokenizerConfig
@@ -156,7 +157,7 @@ class TokenizerWorkshop(Workshop):
         """The feature vectors (N, C) of all processes, in the order in which a single one would have them."""
         shares = [self.latest]
         if dist.is_initialized():
-            shares = [torch.empty_like(self.latest) for _ in range(dist.get_world_size())]
+            shares = [torch.empty_like(self.latest) for _ in range(world_size())]
             dist.all_gather(shares, self.latest)
         return torch.cat(shares).flatten(0, 1)
 
@@ -164,8 +165,7 @@ class TokenizerWorkshop(Workshop):
         return {"used": self._used_anywhere().cpu(), "continuous": self.continuous}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        self.used = state["used"].cpu().clone() if first else torch.zeros_like(self.used)
+        self.used = state["used"].cpu().clone() if rank() == 0 else torch.zeros_like(self.used)
         self.continuous = min(self.continuous, state["continuous"])  # more steps make no codes go back to features
 
     @torch.no_grad()

@@ -41,9 +41,9 @@ class TransformerWorkshop(Workshop):
                 raise ValueError(f"{what}, of which a step may have a single scale; take larger pictures, of {least} codes on a side")
         shape["trained_grid"] = shape["trained_grid"] or max(math.isqrt(h * w) for h, w in grids)
         self.transformer = Transformer(
-            TransformerConfig(**shape, classes=len(class_names), codebook_size=painted.codebook_size, code_width=painted.code_width)
+            TransformerConfig(**shape, classes=len(class_names), codebook_size=painted.codebook_size, code_width=painted.code_width),
+            config.gain_factor,
         )
-        self.transformer.initialise(config.gain_factor)
         self.unconditional = len(class_names) == 1
         self.scoring: Scoring | None = None
 
@@ -68,7 +68,7 @@ class TransformerWorkshop(Workshop):
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
         assert isinstance(network, Transformer)
         config, tokenizer = self.config, self.frozen[0].tokenizer.to(batch.pictures.device)
-        # First, as these copies to a GPU wait for all that it was told before.
+        # First, while nothing is queued on the GPU: a copy from ordinary memory waits until the queue is empty.
         labels, paths = (self._labels(batch), self._paths(batch)) if network.training else (batch.labels, None)
         with torch.no_grad(), torch.autocast(batch.pictures.device.type, enabled=False):
             features = batch.pictures if batch.cached else tokenizer.features(batch.pictures / 127.5 - 1)  # (B, C, h, w)

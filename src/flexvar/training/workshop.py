@@ -49,9 +49,9 @@ class Workshop(nn.Module):
         """How good a network in evaluation mode is on some batches, "loss" first: less is better."""
 
     def scored(self, network: nn.Module, step: int, *, again: bool = True) -> dict[str, float]:
-        """Scores of what a network draws, which is that of the model just saved, where it is time; on the first process alone.
+        """Scores of pictures drawn by the model just saved, where the step is one to score; on other processes than the first nothing.
 
-        All processes take part. again: also where this step was scored already.
+        All processes must call it. network: that of the saved model. again: also where this step was scored already.
         """
         return {}
 
