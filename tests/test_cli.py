@@ -5,6 +5,7 @@ import pkgutil
 import subprocess
 import sys
 import weakref
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,7 @@ def test_no_class_is_unconditional_and_schedules_are_read(model: str, tmp_path: 
         (["pizza", "--steps", "1"], "at least 2"),
         (["pizza", "--device", "abacus"], "no device 'abacus'"),
         (["pizza", "--count", "0"], "--count is 0"),
+        (["pizza", "d", "--count", "500001"], "1000002 pictures are asked for; draw at most 1000000 with one command"),
         (["pizza", "--temperature", "0"], "temperature"),
         (["pizza", "--out", "{file}"], "is a file"),
         (["pizza", "--guidance-scale", "1e300"], "the guidance scale is 1e+300"),
@@ -235,6 +237,8 @@ def test_no_plan_of_a_tokenizer_alone(small_tokenizer: Tokenizer, tmp_path: Path
         ([], "the following arguments are required: COMMAND; see flexvar --help"),
         (["sample", "--count", "many"], "argument --count: invalid int value: 'many'; see flexvar sample --help"),
         (["edit", "refine"], "the following arguments are required: PICTURE; see flexvar edit refine --help"),
+        (["sample", "--out", ""], "argument --out: it is empty; name a file or folder; see flexvar sample --help"),
+        (["plan", "--depth", "16", "--model", "emoji"], "argument --model: not allowed with argument --depth"),
         (["info", "--fast"], "unrecognized arguments: --fast; see flexvar info --help"),
     ],
 )
@@ -261,6 +265,27 @@ def test_lists_may_go_on_behind_options(model: str, tmp_path: Path, capsys) -> N
         with pytest.raises(SystemExit):
             main(wrong)
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_streams_that_are_closed_or_full(model: str, tmp_path: Path) -> None:
+    def run(words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["sh", "-c", words], capture_output=True, text=True)
+
+    sample = f"{sys.executable} -m flexvar sample pizza --model {model} --overwrite --out {tmp_path}"
+    assert [run(f"{sample} {closed}").returncode for closed in (">&-", "2>&-", "<&-")] == [0, 0, 0]
+    full = run(f"{sample} > /dev/full")
+    assert full.returncode == 2
+    assert full.stderr == "flexvar: what this command prints could not be written (No space left on device); its files are\n"
+    reader_gone = run(f"({sample}; echo $? > {tmp_path}/status) | true")
+    assert (reader_gone.stderr, (tmp_path / "status").read_text()) == ("", "141\n")
+    assert (tmp_path / "pizza-seed0.png").is_file()
+
+
+def test_the_version(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"flexvar {version('flexvar')}\n")
 
 
 def test_a_traceback_on_request(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import pickle
 import sys
 import warnings
@@ -205,3 +206,19 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"need the package datasets: pip install 'flexvar\[data\]'"):
         HubPictures(good)
+
+
+def test_the_tries_of_the_hubs_client_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = logging.getLogger("huggingface_hub.utils")
+    heard = []
+
+    def out_of_reach(*_: object, **__: object) -> None:
+        heard.append(told.isEnabledFor(logging.WARNING))
+        raise ConnectionError("it is offline")
+
+    before = told.isEnabledFor(logging.WARNING)
+    monkeypatch.setattr(datasets, "load_dataset", out_of_reach)
+    with pytest.raises(ConnectionError, match="it is offline"):
+        HubPictures("nobody/nothing")
+    assert heard == [False]
+    assert told.isEnabledFor(logging.WARNING) == before

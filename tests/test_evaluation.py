@@ -620,8 +620,10 @@ def test_a_sweep_scores_the_grid_and_goes_on(model: Path, folder: Path, tmp_path
     changed = [str(other) if word == str(folder) else word for word in words]
     assert main(changed) == 2
     assert "is of another model, reference or settings" in capsys.readouterr().err
+    (tmp_path / "sweep" / "steps-3.trial.json").write_text("of an earlier grid")
     assert main([*changed, "--overwrite"]) == 0
     assert len(scored) == 4
+    assert len(list((tmp_path / "sweep").glob("*.trial.json"))) == 4
 
 
 def test_a_sweep_overwrites_nothing_of_others(model: Path, folder: Path, tmp_path: Path, capsys) -> None:

@@ -309,3 +309,16 @@ def test_a_drawing_may_enter_and_leave_inference_mode(small_tokenizer: Tokenizer
 def test_what_cannot_be_kept_is_refused_at_once(small_tokenizer: Tokenizer, small_transformer: Transformer, keep: Keep, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         generate(small_tokenizer, small_transformer, [0, 1], SCHEDULE, keep=keep)
+
+
+def test_settings_of_another_kind_are_told(small_tokenizer: Tokenizer, small_transformer: Transformer) -> None:
+    with pytest.raises(ValueError, match=r"guidance is 2; give a flexvar\.Guidance"):
+        generate(small_tokenizer, small_transformer, [0], SCHEDULE, guidance=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sampling is 0; give a flexvar\.Sampling"):
+        generate(small_tokenizer, small_transformer, [0], SCHEDULE, sampling=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("codes", [torch.zeros(2, 2, dtype=torch.int64), torch.zeros(1, 2, 2)])
+def test_what_cannot_be_decoded_is_told(small_tokenizer: Tokenizer, codes: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"codes are torch\..*; give int64 \(B, h, w\)"):
+        small_tokenizer.decode(codes)

@@ -176,6 +176,12 @@ def test_seeds_that_count_up_past_the_last_one(pipe: FlexVARPipeline) -> None:
         pipe([0, 1], seed=2**32 - 1)
 
 
+def test_networks_are_moved_to_floats_alone(pipe: FlexVARPipeline) -> None:
+    for dtype in (torch.complex64, torch.int8):
+        with pytest.raises(ValueError, match=r"give one for floats, for example torch\.bfloat16"):
+            pipe.to(dtype)
+
+
 def test_help_shows_every_keyword(pipe: FlexVARPipeline) -> None:
     settings = ["num_inference_steps", "guidance_scale", "top_k", "temperature", "seed"]
     for method, own in (("__call__", ["batch_size", "height"]), ("stream", ["edit"]), ("outpaint", ["anchor", "batch_size"])):

@@ -10,6 +10,8 @@ def test_plain_lines_where_there_is_no_terminal(capsys, monkeypatch) -> None:
     monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
     assert list(progress("ab", "drawing")) == ["a", "b"]
     assert capsys.readouterr().err == "drawing: 1 of 2\ndrawing: 2 of 2\n"
+    assert list(progress(["ab", "c"], "drawing", count=len)) == ["ab", "c"]
+    assert capsys.readouterr().err == "drawing: 2 of 3\ndrawing: 3 of 3\n"
 
 
 def test_a_bar_on_a_terminal(capsys, monkeypatch) -> None:

@@ -77,6 +77,24 @@ def test_a_finished_model_knows_other_names(tokenizer: Path, tmp_path: Path, cap
     assert (model.class_names, dict(model.aliases)) == (("tench", "goldfish"), {"n01440764": "tench", "n01443537": "goldfish"})
 
 
+@pytest.mark.parametrize("dear", ["model", "best", "log.jsonl", "config.yaml"])
+def test_what_is_no_run_is_left_alone(dear: str, tmp_path: Path, capsys) -> None:
+    """Models of others, runs whose checkpoints were removed, and the config itself."""
+    config = tokenizer_config(tmp_path, 1)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / dear).write_text("dear")
+    assert main(["train", "tokenizer", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'tokenizer' / dear} is there, but no checkpoints to go on from; choose another run= folder" in error
+    assert [path.name for path in (tmp_path / "tokenizer").iterdir()] == [dear]
+
+
+def test_a_run_of_another_kind_of_network_is_told(tokenizer: Path, tmp_path: Path, capsys) -> None:
+    run = tokenizer.parent
+    assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer)), f"run={run}"]) == 2
+    assert f"{run} is a run of another kind of network; choose another run= folder" in capsys.readouterr().err
+
+
 def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, 2)
     folder.report({"step": 1, "loss": math.nan, "measured": {"psnr": math.inf, "l1": 0.5}})

@@ -94,6 +94,10 @@ def test_the_same_command_goes_on_and_ends_the_same(trained_tokenizer: Path, tmp
     capsys.readouterr()
     assert main(["train", "transformer", str(pieces)]) == 0
     assert "is finished (4 steps)" in capsys.readouterr().out
+    settings = (tmp_path / "pieces" / "config.yaml").read_text()
+    assert main(["train", "transformer", str(pieces), "steps=3", "seed=9"]) == 0
+    assert "goes on" not in capsys.readouterr().out
+    assert (tmp_path / "pieces" / "config.yaml").read_text() == settings  # those it was trained with
     assert main(["train", "transformer", str(pieces), "steps=5", "optimiser.clip=1"]) == 0
     assert "goes on at step 4 with other settings than before: steps, optimiser.clip" in capsys.readouterr().out
 

@@ -102,7 +102,9 @@ def save(model: Model, folder: Path | str, *, dtype: torch.dtype = torch.float32
     folder = Path(folder)
     there = [name for name in (CONFIG, TOKENIZER, TRANSFORMER) if (folder / name).exists()]
     if there and not overwrite:
-        raise FileExistsError(f"{folder} holds a model already ({', '.join(there)}); choose another folder, or allow it with --overwrite")
+        raise FileExistsError(
+            f"{folder} holds a model already ({', '.join(there)}); choose another folder, or allow it with overwrite=True (--overwrite)"
+        )
     weights = {TOKENIZER: _tensors(model.tokenizer, dtype)} | (
         {TRANSFORMER: _tensors(model.transformer, dtype)} if model.transformer else {}
     )
@@ -178,7 +180,9 @@ def _read_config(folder: Path) -> _Config:
             aliases=config.get("aliases", {}),  # folders written before there were any have none
             digests=config.get("digests", {}),  # nor digests
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}; write the folder again") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); write the folder again") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -130,7 +130,7 @@ def refine(
     f px; the picture's own by default, otherwise its composition is stretched to them. One alone keeps the picture's proportions.
     Raises ValueError for a strength that is not from 0 to 1, and for impossible sizes.
     """
-    mend = "give a number from 0 (all scales kept) to 1 (none), and a class as class_labels=..."
+    mend = "give a number from 0 (all scales kept) to 1 (none); a class is given as class_labels"
     strength = finite_number(strength, "strength", mend, least=0, most=1)
     pictures = over_white(pictures_of(image))
     size = (pictures.shape[-2], pictures.shape[-1])
@@ -160,7 +160,7 @@ def upscale(
         height, width = both_sides(height, width, own)
         factor_y, factor_x = height / own[0], width / own[1]
     else:
-        factor_y = factor_x = finite_number(factor, "factor", "give a number of at least 1, and a class as class_labels=...")
+        factor_y = factor_x = finite_number(factor, "factor", "give a number of at least 1; a class is given as class_labels")
     if factor_y < 1 or factor_x < 1:
         raise ValueError(f"{own[0]} x {own[1]} px would become smaller; give a factor of at least 1, or larger sides")
     larger = own[0] * factor_y, own[1] * factor_x
@@ -201,24 +201,26 @@ def outpaint(
     bottom: int = 0,
     height: int | None = None,
     width: int | None = None,
-    anchor: Anchor = "centre",
+    anchor: Anchor | None = None,
     feather: int | None = None,
     paste: bool = True,
     mask_rule: MaskRule = "all",
 ) -> Edit:
-    """Draws beyond the picture's edges: by so many pixels on each side, or to height x width with the picture at the anchor; one of the two
-    alone keeps the picture's proportions.
-    Raises ValueError for a smaller canvas, for none larger, and for pixels and a size together.
+    """Draws beyond the picture's edges: by so many pixels on each side, or to height x width with the picture at the anchor ("centre" if
+    None); one of the two alone keeps the picture's proportions.
+    Raises ValueError for a smaller canvas, for none larger, for pixels and a size together, and for an anchor without a size.
     """
     pictures = pictures_of(image)
     own = (pictures.shape[-2], pictures.shape[-1])
-    _shares(0, anchor, "left", "right")  # complains of an unknown anchor, also where it does not count
     sides = [whole_number(added, name) for name, added in (("left", left), ("right", right), ("top", top), ("bottom", bottom))]
     if height is not None or width is not None:
         if any(sides):
             raise ValueError("give pixels on each side, or height and width with an anchor, and not both")
         height, width = both_sides(height, width, own)
-        sides = [*_shares(width - own[1], anchor, "left", "right"), *_shares(height - own[0], anchor, "top", "bottom")]
+        place: Anchor = "centre" if anchor is None else anchor
+        sides = [*_shares(width - own[1], place, "left", "right"), *_shares(height - own[0], place, "top", "bottom")]
+    elif anchor is not None:
+        raise ValueError(f"anchor is {anchor!r}, which places a picture in a height and width; give these, or leave it out")
     if min(sides) < 0:
         raise ValueError(f"{own[0]} x {own[1]} px would become smaller; give pixels to add, or larger sides")
     if not any(sides):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexvar.arguments import seeds_of
+from flexvar.checks import shown
 from flexvar.sampling import Guidance, Sampling, choose, uniform_numbers
 from flexvar.schedule import Schedule, ScheduleLike, Size
 from flexvar.tokenizer import Tokenizer
@@ -138,7 +139,11 @@ def generate(
     Raises ValueError at once, before anything is drawn, for labels or seeds out of range, seeds of another number than labels, or a
     `keep` that does not fit the schedule.
     """
-    schedule, guidance, sampling = Schedule.of(schedule), guidance or Guidance(), sampling or Sampling()
+    schedule = Schedule.of(schedule)
+    guidance, sampling = Guidance() if guidance is None else guidance, Sampling() if sampling is None else sampling
+    for given, kind in ((guidance, Guidance), (sampling, Sampling)):
+        if not isinstance(given, kind):
+            raise ValueError(f"{kind.__name__.lower()} is {shown(given)}; give a flexvar.{kind.__name__}")
     config, device = transformer.config, transformer.device
     labels = _indices(labels, config.null_class)
     if keep is not None:

@@ -58,11 +58,11 @@ def index_of(label: Label, names: Sequence[str], null_class: int, aliases: Mappi
             nearest = dict.fromkeys(names[by_name[name]] for name in close)
             hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else "`flexvar info MODEL` lists the classes"
             raise ValueError(f"there is no class {label!r}; {hint}")
-    number = int(label) if isinstance(label, str) else whole_number(label, "a class label")
+    number = int(label) if isinstance(label, str) else whole_number(label, "a class label", "give a name, an index or None")
     if (digits := str(number)) in names and names.index(digits) != number:  # folders 0, 1, 10, 2, ... in the order of their names
         warn(f"the index {number} is the class {name_of(number, names, null_class)!r}; the class named {digits!r} is given as a text")
     if not 0 <= number < null_class:
-        raise ValueError(f"there is no class {label}; indices go from 0 to {null_class - 1}, and None means no class")
+        raise ValueError(f"there is no class {label}; indices go from 0 to {null_class - 1}, and 'unconditional' means no class")
     return number
 
 

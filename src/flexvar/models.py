@@ -70,7 +70,7 @@ def write_released(model: Model, folder: str | Path, *, overwrite: bool = False)
     files = folder / zoo.RELEASED_TOKENIZER, folder / f"FlexVARd{transformer.config.depth}.pth"
     for path in files:
         if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; choose another folder, or allow it with --overwrite")
+            raise FileExistsError(f"{path} exists; choose another folder, or allow it with overwrite=True (--overwrite)")
     make_folder(folder)
     write_together(
         {

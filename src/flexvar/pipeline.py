@@ -128,10 +128,12 @@ class FlexVARPipeline:
         device: str | int | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> FlexVARPipeline:
-        """Moves both networks to a device, a dtype, or both, by place or by name: pipe.to("cuda", torch.bfloat16), pipe.to(dtype=...)."""
+        """Moves both networks to a device, a dtype of floats, or both, by place or by name. ValueError for a model made faster."""
         self.transformer.refuse_made_faster()
         for given in device_or_dtype:
             device, dtype = (device, given) if isinstance(given, torch.dtype) else (given, dtype)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; give one for floats, for example torch.bfloat16")
         for network in (self.tokenizer, self.transformer):
             network.to(device=device, dtype=dtype)
         return self
@@ -179,7 +181,7 @@ class FlexVARPipeline:
         indices = self.labels_of(labels.listed(class_labels, edit))
         seeds = seeds_of(settings.pop("seed", None), len(indices))
         recipe = self._recipe(indices, edit, height, width, settings)
-        if len(indices) > 1:
+        if len(indices) > 1:  # to draw one takes more than its result
             refuse_results(self._pixels(recipe.schedule[-1]) if edit is None else edit.size, len(indices))
         at_once = None if batch_size is None else whole_number(batch_size, "batch_size", "give an integer of at least 1", least=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -14,17 +14,17 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Gives the items one by one and says on stderr how many are done."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=what)
-        return
-    latest = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        if time.monotonic() - latest >= SECONDS_BETWEEN_LINES or (done == len(items) and done > 1):
-            latest = time.monotonic()
-            print(f"{what}: {done} of {len(items)}", file=sys.stderr, flush=True)
+def progress(items: Sequence[T], what: str, count: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
+    """Gives the items one by one and says on stderr how many are done; `count`: as how many an item counts."""
+    total, done, latest = sum(map(count, items)), 0, time.monotonic()
+    with tqdm(total=total, desc=what, disable=not sys.stderr.isatty()) as bar:
+        for item in items:
+            yield item
+            done += count(item)
+            bar.update(count(item))
+            if bar.disable and (time.monotonic() - latest >= SECONDS_BETWEEN_LINES or (done == total and len(items) > 1)):
+                latest = time.monotonic()
+                print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
 
 
 def within(parts: Iterable[T], count: int, what: str) -> Iterator[T]:

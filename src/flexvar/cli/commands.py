@@ -138,7 +138,7 @@ def run_plan(words: Words) -> None:
     else:
         with torch.device("meta"):
             model = Model(Tokenizer(TokenizerConfig()))  # with the defaults of the released models
-        transformer = TransformerConfig(depth=words.depth)
+        transformer = TransformerConfig(depth=16 if words.depth is None else words.depth)
     asked = None if words.schedule is None else Schedule.parse(words.schedule)
     schedule = Settings(model).schedule_of(words.height, words.width, words.steps, asked)
     if words.measure and words.split_guidance:

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from flexvar.sampling import Greedy
 
 
+MOST_PICTURES = 10**6
+"""Of one command, which keeps their names and seeds in memory."""
+
+LONGEST_NAME = 100
+"""Letters of a class's name in that of a file."""
+
+
 def run_sample(words: Words) -> None:
     from flexvar.pipeline import FlexVARPipeline
     from flexvar.progress import progress
@@ -34,7 +41,7 @@ def run_sample(words: Words) -> None:
     settings = {"height": words.height, "width": words.width, **settings_of(words)}
     made = move(pipe, words)
     pictures: list[Image.Image] = []  # of the grid: without one, a long series is not kept in memory
-    for part in progress(_parts(labels, words.batch), "drawing"):
+    for part in progress(_parts(labels, words.batch), "drawing", count=lambda part: part.stop - part.start):
         steps, how = _drawn(pipe, words, asked[part], seeds[part], settings)
         for i, picture in enumerate(_painted(steps[-1]), part.start):
             facts = {"model": words.model, "class": pipe.class_name(labels[i]), "seed": seeds[i]}
@@ -118,6 +125,8 @@ def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[
     for name in ("count", "batch"):
         if getattr(words, name) < 1:
             raise ValueError(f"--{name} is {getattr(words, name)}; it must be at least 1")
+    if (count := words.count * len(words.classes or [None])) > MOST_PICTURES:
+        raise ValueError(f"{count} pictures are asked for; draw at most {MOST_PICTURES} with one command, and others from another --seed")
     asked = [word for word in words.classes or [None] for _ in range(words.count)]
     labels, seeds = pipe.labels_of(asked), seeds_of(words.seed, len(asked))
     return asked, labels, seeds, [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
@@ -125,7 +134,7 @@ def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[
 
 def _parts(labels: Sequence[int], batch: int) -> list[slice]:
     """Those that are drawn at the same time."""
-    return [slice(start, start + batch) for start in range(0, len(labels), batch)]
+    return [slice(start, min(start + batch, len(labels))) for start in range(0, len(labels), batch)]
 
 
 def _drawn(
@@ -230,7 +239,7 @@ def _painted(step: Step) -> list[Image.Image]:
 
 
 def _file_name(pipe: FlexVARPipeline, label: int) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in pipe.class_name(label))
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in pipe.class_name(label)[:LONGEST_NAME])
 
 
 def _check_free(folder: Path, paths: Sequence[Path], overwrite: bool) -> None:

@@ -20,6 +20,7 @@ from flexvar.cli.options import (
     add_seed,
     add_settings,
     add_size,
+    path,
 )
 
 if TYPE_CHECKING:
@@ -43,15 +44,15 @@ def add_evaluations(kinds: Any, command: Callable[..., Parser]) -> None:
     add_seed(model)
     add_batch(model, 50)
     add_device(model)
-    model.add_argument("--save-npz", type=Path, metavar="FILE", help="also the pictures, in ADM's layout")
-    model.add_argument("--save-png", type=Path, metavar="FOLDER", help="also each picture as a file")
+    model.add_argument("--save-npz", type=path, metavar="FILE", help="also the pictures, in ADM's layout")
+    model.add_argument("--save-png", type=path, metavar="FOLDER", help="also each picture as a file")
     _add_report(model)
 
     samples = command(
         "samples", run_samples, "Score pictures that were drawn elsewhere against a reference.",
         "evaluate samples drawn.npz --reference VIRTUAL_imagenet256_labeled.npz", kinds,
     )  # fmt: skip
-    samples.add_argument("pictures", type=Path, metavar="PICTURES", help="an .npz with arr_0, or a folder of PNG files")
+    samples.add_argument("pictures", type=path, metavar="PICTURES", help="an .npz with arr_0, or a folder of PNG files")
     _add_reference(samples)
     samples.add_argument("--device", help=DEVICES)
     _add_report(samples)
@@ -60,8 +61,8 @@ def add_evaluations(kinds: Any, command: Callable[..., Parser]) -> None:
         "reference", run_reference, "Make a reference of ADM's layout from a folder of pictures.",
         "evaluate reference data/mine reference.npz --height 256 --width 256", kinds,
     )  # fmt: skip
-    reference.add_argument("pictures", type=Path, metavar="FOLDER", help="pictures, in folders below it or not")
-    reference.add_argument("out", type=Path, metavar="OUT.npz")
+    reference.add_argument("pictures", type=path, metavar="FOLDER", help="pictures, in folders below it or not")
+    reference.add_argument("out", type=path, metavar="OUT.npz")
     add_size(reference, "pixels to which the pictures are resized and cropped (default: as they are)")
     reference.add_argument("--keep", type=int, default=10_000, help="pictures in the file, for precision and recall (default: 10000)")
     add_extractor(reference)
@@ -85,7 +86,7 @@ def add_evaluations(kinds: Any, command: Callable[..., Parser]) -> None:
     add_seed(sweep)
     add_batch(sweep, 50)
     add_device(sweep)
-    sweep.add_argument("--out", type=Path, default=Path("sweep"), help="folder for reports, table and plot (default: sweep)")
+    sweep.add_argument("--out", type=path, default=Path("sweep"), help="folder for reports, table and plot (default: sweep)")
     add_overwrite(sweep)
 
     tokenizer = command(
@@ -93,7 +94,7 @@ def add_evaluations(kinds: Any, command: Callable[..., Parser]) -> None:
         "evaluate tokenizer emoji data/emoji --sizes 64 64x128 --extractor classifier", kinds,
     )  # fmt: skip
     tokenizer.add_argument("model", metavar="MODEL", help="a bundled or released name, a folder (a tokenizer alone will do) or a Hub id")
-    tokenizer.add_argument("pictures", type=Path, metavar="PICTURES", help="a folder of pictures, or an .npz with arr_0")
+    tokenizer.add_argument("pictures", type=path, metavar="PICTURES", help="a folder of pictures, or an .npz with arr_0")
     sizes_help = "pixels to which a folder's pictures are resized and cropped: 256, or height x width as 384x512 (default: the model's)"
     tokenizer.add_argument("--sizes", nargs="+", metavar="SIZE", help=sizes_help)
     tokenizer.add_argument("--steps", type=int, help="scales, at least 2 (default: the model's)")
@@ -101,10 +102,10 @@ def add_evaluations(kinds: Any, command: Callable[..., Parser]) -> None:
     tokenizer.add_argument("--count", type=int, help="pictures, evenly chosen (default: all)")
     tokenizer.add_argument("--batch", type=int, default=16, help="pictures rebuilt at the same time; changes speed only (default: 16)")
     add_extractor(tokenizer, ", or none to leave rFID out")
-    tokenizer.add_argument("--lpips-vgg", type=Path, metavar="FILE", help="torchvision's VGG-16, for LPIPS")
-    tokenizer.add_argument("--lpips-linear", type=Path, metavar="FILE", help="lpips' own weights, for LPIPS")
+    tokenizer.add_argument("--lpips-vgg", type=path, metavar="FILE", help="torchvision's VGG-16, for LPIPS")
+    tokenizer.add_argument("--lpips-linear", type=path, metavar="FILE", help="lpips' own weights, for LPIPS")
     tokenizer.add_argument("--device", help=DEVICES)
-    tokenizer.add_argument("--out", type=Path, default=Path("scores.json"), help="the report (default: scores.json)")
+    tokenizer.add_argument("--out", type=path, default=Path("scores.json"), help="the report (default: scores.json)")
     add_overwrite(tokenizer)
 
 
@@ -115,7 +116,7 @@ def _add_reference(command: Parser) -> None:
 
 def _add_report(command: Parser) -> None:
     command.add_argument("--intervals", action="store_true", help="also 95 %% intervals of FID and sFID; takes a minute")
-    command.add_argument("--out", type=Path, default=Path("scores.json"), help="the report (default: scores.json)")
+    command.add_argument("--out", type=path, default=Path("scores.json"), help="the report (default: scores.json)")
     add_overwrite(command)
 
 

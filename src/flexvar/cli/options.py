@@ -14,6 +14,13 @@ Words = argparse.Namespace
 DEVICES = "cpu, cuda, cuda:1, mps (default: the accelerator, if there is one)"
 
 
+def path(text: str) -> Path:
+    """What was typed as a file or folder. Raises ArgumentTypeError for an empty word, which would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a file or folder")
+    return Path(text)
+
+
 def add_size(command: Parser, what: str = "pixels (default: the model's)") -> None:
     command.add_argument("--height", type=int, help=what)
     command.add_argument("--width", type=int, help=what)
@@ -32,7 +39,7 @@ def add_batch(command: Parser, default: int) -> None:
 def add_extractor(command: Parser, more: str = "") -> None:
     names = f"inception, classifier (built in, for relative numbers), a file{more} (default: inception)"
     command.add_argument("--extractor", default="inception", help=f"of features: {names}")
-    command.add_argument("--weights", type=Path, help="the Inception weights (default: fetched once)")
+    command.add_argument("--weights", type=path, help="the Inception weights (default: fetched once)")
 
 
 def add_drawing(command: Parser) -> None:
@@ -41,7 +48,7 @@ def add_drawing(command: Parser) -> None:
     command.add_argument("--count", type=int, default=1, help="pictures of each class (default: 1)")
     add_batch(command, 8)
     add_device(command)
-    command.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
+    command.add_argument("--out", type=path, default=Path("out"), help="folder for the pictures (default: out)")
     add_overwrite(command)
 
 

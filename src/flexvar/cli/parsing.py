@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 from flexvar.cli.commands import run_cache, run_convert, run_data, run_info, run_plan, run_train
 from flexvar.cli.drawing import run_app, run_edit, run_sample
 from flexvar.cli.evaluating import add_evaluations
-from flexvar.cli.options import Words, add_device, add_drawing, add_dtype, add_model, add_overwrite, add_schedule, add_size
+from flexvar.cli.options import Words, add_device, add_drawing, add_dtype, add_model, add_overwrite, add_schedule, add_size, path
 
 EDITS = (
     ("refine", "Keep the coarse scales of pictures and draw the others again.", "photo.png --strength 0.6 --class octopus"),
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: flexvar sample pizza --seed 7. Exit status: 0; 2 after a mistake, which one line on stderr explains (and a "
         "traceback with FLEXVAR_TRACEBACK=1 in the environment); 130 after Ctrl-C",
     )
+    top.add_argument("--version", action="version", version=f"flexvar {version('flexvar')}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[Words], None], about: str, example: str, under: Any = commands) -> argparse.ArgumentParser:
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     for stage in ("tokenizer", "transformer"):
         about = f"Train a {stage} as a config says, or go on where its run stopped. Works under torchrun too."
         added = command(stage, run_train, about, f"train {stage} configs/emoji/{stage}.yaml steps=500 run=runs/try", stages)
-        added.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        added.add_argument("config", type=path, metavar="CONFIG.yaml")
         added.add_argument("settings", nargs="*", metavar="key=value", help="settings that take the place of the config's")
         added.set_defaults(stage=stage, list_of="settings")
 
@@ -90,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         "cache", run_cache, "Store the features of a data set, for the training of transformers. Works under torchrun too.",
         "cache configs/imagenet/cache.yaml tokenizer=runs/tokenizer/model out=data/features",
     )  # fmt: skip
-    cache.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    cache.add_argument("config", type=path, metavar="CONFIG.yaml")
     cache.add_argument("settings", nargs="*", metavar="key=value", help="settings that take the place of the config's")
     cache.set_defaults(list_of="settings")
     cache.add_argument("--check", action="store_true", help="instead: read the whole cache again and name what is damaged")
@@ -103,9 +104,9 @@ def parser() -> argparse.ArgumentParser:
         "convert", run_convert, "Turn released .pth files into a model folder, or a folder back into them.",
         "convert --tokenizer FlexVAE.pth --transformer FlexVARd20-epo249.pth models/d20",
     )  # fmt: skip
-    convert.add_argument("out", type=Path, metavar="OUT_FOLDER")
-    convert.add_argument("--tokenizer", type=Path, help="released file, for example FlexVAE.pth")
-    convert.add_argument("--transformer", type=Path, help="released file, for example FlexVARd20-epo249.pth")
+    convert.add_argument("out", type=path, metavar="OUT_FOLDER")
+    convert.add_argument("--tokenizer", type=path, help="released file, for example FlexVAE.pth")
+    convert.add_argument("--transformer", type=path, help="released file, for example FlexVARd20-epo249.pth")
     convert.add_argument("--back", metavar="MODEL", help="instead: write this model as files that the released code loads")
     add_overwrite(convert)
 
@@ -113,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     kinds = data.add_subparsers(title="data sets", metavar="KIND", required=True)
     for kind, about in (("emoji", "Emoji of the Noto Color Emoji font on plain backgrounds."), ("shapes", "Drawn shapes.")):
         added = command(kind, run_data, f"{about} One folder of PNG files a class.", f"data {kind} data/{kind} --count 20", kinds)
-        added.add_argument("out", type=Path, metavar="OUT_FOLDER")
+        added.add_argument("out", type=path, metavar="OUT_FOLDER")
         added.add_argument("--count", type=int, default=50, help="pictures of each class (default: 50)")
         added.add_argument("--height", type=int, default=64, help="pixels (default: 64)")
         added.add_argument("--width", type=int, default=64, help="pixels (default: 64)")
@@ -121,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
         if kind == "emoji":
             names_help = "emoji by name, as red heart or heart (default: every one of the font, about 1,400)"
             added.add_argument("--classes", nargs="+", metavar="NAME", help=names_help)
-            added.add_argument("--font", type=Path, help="a NotoColorEmoji.ttf (default: the installed one)")
+            added.add_argument("--font", type=path, help="a NotoColorEmoji.ttf (default: the installed one)")
         add_overwrite(added)
         added.set_defaults(kind=kind)
 
@@ -144,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
         "plan --depth 24 --height 512 --width 512 --batch 8",
     )
     which = plan.add_mutually_exclusive_group()
-    which.add_argument("--depth", type=int, default=16, help="of a released model (default: 16)")
+    which.add_argument("--depth", type=int, help="of a released model (default: 16)")
     which.add_argument("--model", help="instead of a depth: a model's name or folder")
     add_size(plan)
     add_schedule(plan)
@@ -174,7 +175,7 @@ def _add_edit(command: argparse.ArgumentParser, name: str) -> None:
     if name == "upscale":
         command.add_argument("--factor", type=float, help="how many times larger on a side")
     if name == "inpaint":
-        command.add_argument("--mask", type=Path, help="picture file, white where to draw (default: where the picture is transparent)")
+        command.add_argument("--mask", type=path, help="picture file, white where to draw (default: where the picture is transparent)")
     if name == "outpaint":
         for side in ("left", "right", "top", "bottom"):
             command.add_argument(f"--{side}", type=int, default=0, help=f"pixels to add ({side}; default: 0)")

@@ -1,8 +1,10 @@
 """Hugging Face data sets as training pictures, each picture at hand at any time: from the Hub or from a folder."""
 
 import importlib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,8 @@ def open_split(path: str, split: str, streaming: bool = False) -> Any:
             if streaming:
                 dataset = dataset.to_iterable_dataset(num_shards=max(1, len(dataset.cache_files)))
         else:
-            dataset = datasets.load_dataset(path, split=split, streaming=streaming)
+            with _quiet_hub():
+                dataset = datasets.load_dataset(path, split=split, streaming=streaming)
         # load_dataset lets threads decode the pictures of a stream beforehand, which hangs in loader workers
         return dataset.decode(False) if streaming else dataset
     except ConnectionError as error:
@@ -99,6 +102,18 @@ def open_split(path: str, split: str, streaming: bool = False) -> Any:
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing but this
         reason = " ".join(str((generating and error.__cause__) or error).split())
         raise ValueError(f"the split {split!r} of {path} cannot be opened: {reason}") from None
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the lines that the Hub's client logs of every try: what comes of them is said once."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def with_columns(dataset: Any, path: str, image: str, label: str) -> Any:

@@ -78,11 +78,13 @@ def sweep(
     pictures = [DrawnPictures(pipe, model, per_class, seed=seed, batch=batch, **settings, **point) for point in points]
     against = read_reference(reference, extractor)
     make_folder(out)
+    for earlier in out.glob("*.trial*.json") if overwrite else ():
+        earlier.unlink()
     trials = []
     for point, drawn in zip(points, pictures, strict=True):
         path = out / f"{re.sub('[^0-9a-z.-]+', '-', name_of(point))}.trial.json"
         of = {"samples": drawn.about, "reference": against.sha256, "extractor": extractor.sha256, "machine": machine(extractor.device)}
-        if path.is_file() and not overwrite:
+        if path.is_file():
             trials.append(_read(path, of))
             continue
         report = evaluate(drawn, against, extractor, path.with_suffix(".scores.json"), intervals=True, overwrite=True)

@@ -102,7 +102,12 @@ class Tokenizer(nn.Module):
         return torch.cat(lifted, 1) if lifted else self.quantizer.codebook.new_empty(len(codes[0]), 0, self.config.code_width)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Pictures (B, 3, h·f, w·f), about [-1, 1] and not clamped, from the codes (B, h, w) of any scale."""
+        """Pictures (B, 3, h·f, w·f), about [-1, 1] and not clamped, from the codes (B, h, w) of any scale, 0 to V - 1.
+
+        Raises ValueError for tensors of another kind. Whether codes are in range would have to be read from a GPU, and is not checked.
+        """
+        if codes.ndim != 3 or codes.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}; give int64 (B, h, w)")
         return self.decode_vectors(self.quantizer.lookup(codes).permute(0, 3, 1, 2))
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:

@@ -81,5 +81,9 @@ def _fault(error: OmegaConfBaseException, key: str) -> str:
         known = ", ".join(entry.name for entry in fields(error.object_type)) if is_dataclass(error.object_type) else ""
         return line if "Did you mean" in line or not known else f"{line}; there are {known}"
     full_key = str(error.full_key or "")
-    line = re.sub(r"Invalid value assigned: .* is not a ListConfig.*", "it must be a list, or a list of lists for sizes", line)
+    line = re.sub(
+        r"Invalid value assigned: .* is not a ListConfig.*",
+        "it must be a list, and sizes one of pairs [height, width], for example [[64, 64]]",
+        line,
+    )
     return f"{full_key if full_key.startswith(key) else key}: {line}"

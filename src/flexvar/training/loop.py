@@ -329,7 +329,7 @@ class _Run:
                 raise ValueError(f"not all processes see the same checkpoint in {self.folder.path}; put run= where all machines read it")
             if len(set(data)) > 1:
                 raise ValueError("not all processes see the same pictures and classes; give all machines the same data")
-        if self.rank == 0:
+        if self.rank == 0 and self.step < self.config.steps:  # a finished run stays as it is
             changed = self.folder.begin(self.config, self.step)
             if changed and self.step:
                 self._say(f"{self.folder.path} goes on at step {self.step} with other settings than before: {', '.join(changed)}")
@@ -338,6 +338,8 @@ class _Run:
 
     def _load(self, path: Path) -> None:
         state = self.folder.read(path, mapped=self.device.type != "cpu")
+        if not {name.partition(".")[0] for name in state["workshop"]} & {name.partition(".")[0] for name in self.workshop.state_dict()}:
+            raise ValueError(f"{self.folder.path} is a run of another kind of network; choose another run= folder")
         for label, (then, now) in enumerate(zip_longest(state["class_names"], self.data.class_names, fillvalue="no class")):
             if then != now:
                 what = f"class {label} of {self.folder.path} was {then!r}, and is {now!r} in the data"

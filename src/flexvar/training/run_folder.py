@@ -63,7 +63,13 @@ class RunFolder:
             raise ValueError(f"{path} is damaged; remove it to go on from the one before, or choose another run= folder") from error
 
     def begin(self, config: RunConfig, step: int) -> list[str]:
-        """Readies the folder for going on at a step; names the settings that differ from those before."""
+        """Readies the folder for going on at a step; names the settings that differ from those before.
+
+        Raises FileExistsError where it holds what a run would replace, but is none: the checkpoints are gone, or it is something else.
+        """
+        dear = [path for path in (self.model, self.best, self.log, self.config) if path.exists()]
+        if dear and not self.checkpoints.is_dir():
+            raise FileExistsError(f"{dear[0]} is there, but no checkpoints to go on from; choose another run= folder, or move it away")
         for folder in (self.path, self.sheets, self.checkpoints):
             make_folder(folder)
         for folder in (self.path, self.sheets, self.checkpoints, self.scores, self.model, self.best):

@@ -139,6 +139,8 @@ class RunConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
 
     def __post_init__(self) -> None:
+        if not self.run.strip():
+            raise ValueError("run is empty; name the folder of the run")
         _demand(self, COUNT, "steps batch accumulate report_every save_every sheet_every keep bad_steps")
         _demand(self, NOT_NEGATIVE, "seed measure")
         _demand(self, OR_AUTOMATIC, "workers")
