@@ -41,7 +41,7 @@ def run_sample(words: Words) -> None:
     settings = {"height": words.height, "width": words.width, **settings_of(words)}
     made = move(pipe, words)
     pictures: list[Image.Image] = []  # of the grid: without one, a long series is not kept in memory
-    for part in progress(_parts(labels, words.batch), "drawing", count=lambda part: part.stop - part.start):
+    for part in progress(_parts(labels, words.batch), _doing("drawing", made), count=lambda part: part.stop - part.start):
         steps, how = _drawn(pipe, words, asked[part], seeds[part], settings)
         for i, picture in enumerate(_painted(steps[-1]), part.start):
             facts = {"model": words.model, "class": pipe.class_name(labels[i]), "seed": seeds[i]}
@@ -88,7 +88,7 @@ def run_edit(words: Words) -> None:
     for image in stems:
         prepared(image)  # a picture that cannot be edited is told before any is drawn
     made = move(pipe, words)
-    for image in progress(list(stems), "editing"):
+    for image in progress(list(stems), _doing("editing", made)):
         given, edit = prepared(image)
         finished: list[Image.Image] = []  # of the sheet
         facts = {"model": words.model, "edit": operation, "of": Path(image).name} | made
@@ -130,6 +130,11 @@ def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[
     asked = [word for word in words.classes or [None] for _ in range(words.count)]
     labels, seeds = pipe.labels_of(asked), seeds_of(words.seed, len(asked))
     return asked, labels, seeds, [f"{_file_name(pipe, label)}-seed{seed}" for label, seed in zip(labels, seeds, strict=True)]
+
+
+def _doing(what: str, made: dict[str, str]) -> str:
+    """What a bar of progress is called: the work, on which device, in which precision."""
+    return f"{what} on {made['device']} in {made['dtype']}"
 
 
 def _parts(labels: Sequence[int], batch: int) -> list[slice]:

@@ -5,14 +5,13 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from flexvar.data.images import Augmentation, decoded, readable
+from flexvar.data.images import Augmentation, decoded, next_readable, readable
 from flexvar.data.source import check_request
 
 
@@ -57,16 +56,14 @@ class HubPictures:
         none can be read.
         """
         check_request(index, len(self), size)
-        for step in range(len(self)):
-            row = (index + step) % len(self)
-            name = Path(f"{self.path}[{row}]")
-            picture = readable(name, partial(self._decoded, row, name), self.unreadable)
-            if picture is not None:
-                return self.augmentation.apply(picture, size, rng), int(self.labels[row])
-        raise ValueError(f"none of the {len(self)} pictures in {self.path} can be read: check the column {self.image!r}")
+        picture, row = next_readable(index, len(self), self._readable)
+        if picture is None:
+            raise ValueError(f"none of the {len(self)} pictures in {self.path} can be read: check the column {self.image!r}")
+        return self.augmentation.apply(picture, size, rng), int(self.labels[row])
 
-    def _decoded(self, row: int, name: Path) -> Image.Image:
-        return stored_picture(self.rows[row][self.image], name)
+    def _readable(self, row: int) -> Image.Image | None:
+        name = Path(f"{self.path}[{row}]")
+        return readable(name, lambda: stored_picture(self.rows[row][self.image], name), self.unreadable)
 
 
 def data_package(name: str) -> Any:

@@ -87,13 +87,14 @@ class ImageFolder:
         file can be read.
         """
         check_request(index, len(self), size)
-        for step in range(len(self)):
-            place = (index + step) % len(self)
-            path = self.root / self._names[place]
-            picture = readable(path, partial(open_picture, path), self.unreadable)
-            if picture is not None:
-                return self.augmentation.apply(picture, size, rng), int(self._labels[place])
-        raise ValueError(f"none of the {len(self)} pictures in {self.root} can be read: check the files")
+        picture, place = next_readable(index, len(self), self._readable)
+        if picture is None:
+            raise ValueError(f"none of the {len(self)} pictures in {self.root} can be read: check the files")
+        return self.augmentation.apply(picture, size, rng), int(self._labels[place])
+
+    def _readable(self, place: int) -> Image.Image | None:
+        path = self.root / self._names[place]
+        return readable(path, partial(open_picture, path), self.unreadable)
 
 
 class _Names:
@@ -160,6 +161,12 @@ def readable(name: Path, decode: Callable[[], Image.Image], unreadable: list[Pat
         unreadable.append(name)
         warn(f"skipped a picture: {error}")
         return None
+
+
+def next_readable(index: int, count: int, read: Callable[[int], Image.Image | None]) -> tuple[Image.Image | None, int]:
+    """The picture at `index`, else the next of `count` in a circle that `read` gives, and its place; None where it gives none."""
+    places = ((index + step) % count for step in range(count))
+    return next(((picture, place) for place in places if (picture := read(place)) is not None), (None, index))
 
 
 def count_of_unreadable(names: Collection[str | os.PathLike[str]]) -> str:
