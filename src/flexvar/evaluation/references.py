@@ -152,7 +152,8 @@ def _stored_moments(path: Path, extractor: Extractor) -> tuple[dict[str, Moments
             if f"mu{suffix}" in names and f"sigma{suffix}" in names:
                 mu, sigma = (read_array(archive, name + suffix, path) for name in ("mu", "sigma"))
                 if not _are_moments(mu, sigma):
-                    raise ValueError(f"mu{suffix} {mu.shape} and sigma{suffix} {sigma.shape} of {path} are no finite mean and covariance")
+                    shapes = f"mu{suffix} {mu.shape} and sigma{suffix} {sigma.shape} of {path}"
+                    raise ValueError(f"{shapes} are no finite mean and symmetric covariance; copy or write the file again")
                 stored[kind] = mu.astype(np.float64), sigma.astype(np.float64)
         maker = str(read_array(archive, EXTRACTOR, path)) if EXTRACTOR in names else None
     if maker not in (None, extractor.sha256):
