@@ -58,6 +58,13 @@ class Cost:
         """One part ("embedding", "projections", "attention", "mlp", "head", "sampling") over all scales."""
         return sum(getattr(scale, part) for scale in self.scales)
 
+    def by_name(self) -> dict[str, int]:
+        """Every part, as tables call it, and all of them."""
+        scales = {part: self.of(part) for part in ("projections", "attention", "mlp", "head", "sampling")}
+        once = {"class modulation": self.modulation, "embedding": self.of("embedding")}
+        decoder = {"decoder convolutions": self.decoder_convolutions, "decoder attention": self.decoder_attention}
+        return scales | once | decoder | {"all": self.total}
+
     @property
     def transformer(self) -> int:
         """Everything but the decoder."""
@@ -199,12 +206,9 @@ class Plan:
             f"{f'{h}x{w}':>9}{h * w:>9}{at.stop:>9}{_shares(work.total, flops.total)}{_shares(traffic.total, moved.total)}"
             for (h, w), at, work, traffic in scales
         ]
-        parts = {part: (flops.of(part), moved.of(part)) for part in ("projections", "attention", "mlp", "head", "sampling")}
-        parts |= {"class modulation": (flops.modulation, moved.modulation), "embedding": (flops.of("embedding"), moved.of("embedding"))}
-        parts |= {"decoder convolutions": (flops.decoder_convolutions, moved.decoder_convolutions)}
-        parts |= {"decoder attention": (flops.decoder_attention, moved.decoder_attention), "all": (flops.total, moved.total)}
+        parts = zip(flops.by_name().items(), moved.by_name().values(), strict=True)
         lines += ["", f"{'part':<27}{_HEADINGS}"]
-        lines += [f"{name:<27}{_shares(work, flops.total)}{_shares(traffic, moved.total)}" for name, (work, traffic) in parts.items()]
+        lines += [f"{name:<27}{_shares(work, flops.total)}{_shares(traffic, moved.total)}" for (name, work), traffic in parts]
         released = amount(flops.transformer_as_released)
         lines.append(f"{'a picture':<27}{amount(flops.total / self.batch):>12}{'':9}{amount(moved.total / self.batch):>12}")
         lines.append(f"{'transformer alone':<27}{amount(flops.transformer):>12}   {released} the way the released code does it")
