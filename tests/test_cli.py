@@ -253,14 +253,14 @@ def test_mistyped_words_get_one_line_and_status_2(words: list[str], complaint: s
 
 
 def test_lists_may_go_on_behind_options(model: str, tmp_path: Path, capsys) -> None:
-    words = ["sample", "pizza", "--model", model, "--seed", "7", "d", "--out", str(tmp_path), "e"]
+    words = ["sample", "pizza", "--model", model, "--seed", "7", "d", "--out", str(tmp_path), "--", "e"]
     assert main(words) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d-seed8.png", "e-seed9.png", "pizza-seed7.png"]
     assert main(["cache", "nowhere.yaml", "--overwrite", "out=here"]) == 2
     assert "there is no config file nowhere.yaml" in capsys.readouterr().err
     for wrong, told in (
         (["info", model, "a"], "unrecognized arguments: a; see flexvar info"),
-        ([*words, "--n", "b"], "arguments: --n; see"),
+        ([*words[:-2], "--n", "b"], "arguments: --n; see"),
     ):
         with pytest.raises(SystemExit):
             main(wrong)
@@ -268,18 +268,23 @@ def test_lists_may_go_on_behind_options(model: str, tmp_path: Path, capsys) -> N
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
-def test_streams_that_are_closed_or_full(model: str, tmp_path: Path) -> None:
-    def run(words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["sh", "-c", words], capture_output=True, text=True)
+def test_streams_that_are_closed_or_full_or_read_by_nobody(model: str, tmp_path: Path) -> None:
+    def run(words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "", **environment}
+        return subprocess.run(["sh", "-c", words], capture_output=True, text=True, env=environment)
 
-    sample = f"{sys.executable} -m flexvar sample pizza --model {model} --overwrite --out {tmp_path}"
-    assert [run(f"{sample} {closed}").returncode for closed in (">&-", "2>&-", "<&-")] == [0, 0, 0]
-    full = run(f"{sample} > /dev/full")
-    assert full.returncode == 2
-    assert full.stderr == "flexvar: what this command prints could not be written (No space left on device); its files are\n"
-    reader_gone = run(f"({sample}; echo $? > {tmp_path}/status) | true")
-    assert (reader_gone.stderr, (tmp_path / "status").read_text()) == ("", "141\n")
-    assert (tmp_path / "pizza-seed0.png").is_file()
+    sample = f"{sys.executable} -m flexvar sample pizza --count 2 --batch 1 --model {model} --overwrite --out {tmp_path}"
+    picture = str(tmp_path / "pizza-seed0.png")
+    assert run(f"{sample} >&-").returncode == 0
+    for told in (run(f"{sample} 2>&-"), run(f"{sample} 2> /dev/full")):
+        assert (told.returncode, told.stdout.split()[0]) == (0, picture)
+    full = "flexvar: what this command prints could not be written (No space left on device); {}"
+    told, at_once = run(f"{sample} > /dev/full"), run(f"{sample} > /dev/full", PYTHONUNBUFFERED="1")
+    assert (told.returncode, told.stderr.splitlines()[1:]) == (2, [full.format("all else is done")])
+    assert (at_once.returncode, at_once.stderr.splitlines()[1:]) == (2, [full.format("it ended there")])
+    told = run(f"({sample}; echo $? > {tmp_path}/status) | true")
+    assert (len(told.stderr.splitlines()), (tmp_path / "status").read_text()) == (1, "141\n")
+    assert Path(picture).is_file()
 
 
 def test_the_version(capsys) -> None:

@@ -134,6 +134,13 @@ def test_a_released_name_is_fetched_converted_once_and_kept(released: Path, tmp_
     assert seen == {part: {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for part, file in files.items()}
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder in which not even root can make a file")
+def test_a_cache_folder_that_takes_no_files_is_told(monkeypatch) -> None:
+    monkeypatch.setenv("FLEXVAR_CACHE", "/proc")
+    with pytest.raises(OSError, match=r"the cache folder /proc takes no files \(.*\); name another in FLEXVAR_CACHE"):
+        FlexVARPipeline.from_pretrained("flexvar-d16")
+
+
 def test_a_fetched_file_is_compared_with_what_is_known(tmp_path: Path, monkeypatch) -> None:
     def stand_in(repository: str, allow_patterns: list[str]) -> str:
         for file in allow_patterns:

@@ -89,6 +89,31 @@ def test_what_is_no_run_is_left_alone(dear: str, tmp_path: Path, capsys) -> None
     assert [path.name for path in (tmp_path / "tokenizer").iterdir()] == [dear]
 
 
+def test_a_run_whose_checkpoints_were_removed_is_left_alone(tmp_path: Path, capsys) -> None:
+    """One that was killed before its first checkpoint has an empty folder of them too, but a shorter log."""
+    config = tokenizer_config(tmp_path)
+    assert main(["train", "tokenizer", str(config)]) == 0
+    for path in (tmp_path / "tokenizer" / "checkpoints").iterdir():
+        path.unlink()
+    before = (tmp_path / "tokenizer" / "model" / "config.json").read_bytes()
+    assert main(["train", "tokenizer", str(config)]) == 2
+    assert "but no checkpoints to go on from" in capsys.readouterr().err
+    assert (tmp_path / "tokenizer" / "model" / "config.json").read_bytes() == before
+    assert main(["train", "tokenizer", str(config), "save_every=4", "steps=5"]) == 0  # as if killed at the first one, of step 4
+
+
+def test_the_log_of_a_finished_run_is_made_whole(tmp_path: Path) -> None:
+    config = tokenizer_config(tmp_path, 2)
+    assert main(["train", "tokenizer", str(config)]) == 0
+    log = tmp_path / "tokenizer" / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 2, "scores": {"fi')
+    folder = RunFolder(tmp_path / "tokenizer", 2)
+    assert not folder.has("scores", 2)
+    assert main(["train", "tokenizer", str(config)]) == 0
+    assert log.read_text() == whole
+
+
 def test_a_run_of_another_kind_of_network_is_told(tokenizer: Path, tmp_path: Path, capsys) -> None:
     run = tokenizer.parent
     assert main(["train", "transformer", str(transformer_config(tmp_path, tokenizer)), f"run={run}"]) == 2

@@ -71,10 +71,10 @@ def _choose_row(logits, numbers, codes, V, top_k, top_p, temperature, LIMITED: t
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < V
-    values = tl.load(logits + row * V + place, mask=inside, other=float("-inf")) / temperature
+    values = tl.load(logits + row * V + place, mask=inside, other=float("-inf"))
     bits = values.to(tl.int32, bitcast=True)
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the values
-    weights = tl.where(inside, tl.exp(values - tl.max(values)), 0.0)
+    weights = tl.where(inside, tl.exp((values - tl.max(values)) / temperature), 0.0)
     largest = tl.max(keys)
 
     # Top-k: the largest key that at least k candidates reach. Of those that equal it, so many stay that k are kept.

@@ -164,7 +164,9 @@ def refuse_results(size: Size, pictures: int) -> None:
     """MemoryError, in one line, where so many finished pictures of `size` = (height, width) px find no room on the CPU."""
     each, free = 3 * 4 * size[0] * size[1], free_memory(torch.device("cpu"))
     if free is not None and (pictures + WHILE_FINISHING) * each > free:
-        results, mend = (f"{pictures} results", "make fewer at once or smaller ones") if pictures > 1 else ("a result", "make it smaller")
+        results, mend = (
+            ("a result", "make it smaller") if pictures == 1 else (f"{pictures} results", "make fewer in one call or smaller ones")
+        )
         raise MemoryError(f"not enough memory for {results} of {size[0]} x {size[1]} px; {mend}, or free some")
 
 

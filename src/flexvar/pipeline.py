@@ -181,6 +181,7 @@ class FlexVARPipeline:
         indices = self.labels_of(labels.listed(class_labels, edit))
         seeds = seeds_of(settings.pop("seed", None), len(indices))
         recipe = self._recipe(indices, edit, height, width, settings)
+        self._need(recipe.schedule, 1, recipe.guidance, edit).refuse_what_cannot_fit()
         if len(indices) > 1:  # to draw one takes more than its result
             refuse_results(self._pixels(recipe.schedule[-1]) if edit is None else edit.size, len(indices))
         at_once = None if batch_size is None else whole_number(batch_size, "batch_size", "give an integer of at least 1", least=1)

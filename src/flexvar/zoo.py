@@ -57,9 +57,17 @@ def cache_folder() -> Path:
 
 @contextmanager
 def one_at_a_time(name: str) -> Iterator[None]:
-    """Of all processes of this machine: one makes what the cache folder lacks while the others wait, and then find it there."""
+    """Of all processes of this machine: one makes what the cache folder lacks while the others wait, and then find it there.
+
+    Raises OSError, in one line, for a cache folder in which nothing can be made.
+    """
     make_folder(cache_folder())
-    with WeakFileLock(cache_folder() / f".{name}.lock"):
+    lock = cache_folder() / f".{name}.lock"
+    try:
+        lock.touch()
+    except OSError as error:
+        raise OSError(f"the cache folder {cache_folder()} takes no files ({error.strerror}); name another in FLEXVAR_CACHE") from error
+    with WeakFileLock(lock):
         yield
 
 

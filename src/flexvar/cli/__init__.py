@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 from flexvar.cli.commands import run_train
+from flexvar.cli.options import Words
 from flexvar.cli.parsing import parsed, parser
+from flexvar.cli.streams import CannotPrint, guarded_streams
 
 __all__ = ["main", "parser"]
 
@@ -19,20 +20,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 2 for a mistake that one line on stderr explains; 130 when interrupted; 141 when nobody reads any more what it prints.
     """
-    for closed in ("stdout", "stderr"):  # as a service may have them
-        if getattr(sys, closed) is None:
-            setattr(sys, closed, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
-    words = parsed(arguments)
+    with guarded_streams():
+        return _run(parsed(arguments))
+
+
+def _run(words: Words) -> int:
+    finished = False
     if words.run is not run_train:  # large pages on Linux, for which torch asks when it first allocates: faster decoding, slower training
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"flexvar: {message}", file=sys.stderr)
         try:
             words.run(words)
+            finished = True
             sys.stdout.flush()
-        except BrokenPipeError:
-            _print_no_more()
-            return 141
+        except CannotPrint as error:
+            if isinstance(error.__cause__, BrokenPipeError):
+                return 141
+            how_far = "all else is done" if finished else "it ended there"
+            print(f"flexvar: what this command prints could not be written ({error}); {how_far}", file=sys.stderr)
+            return 2
         except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
             if os.environ.get("FLEXVAR_TRACEBACK"):
                 raise
@@ -52,16 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _print_no_more() -> None:
-    """Or Python tries once more to print at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _one_line(error: Exception) -> str:
     """What an error says, without the traceback that a data loader's process puts before it."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:  # errors of files name them
-        _print_no_more()
-        return f"what this command prints could not be written ({error.strerror}); its files are"
     text = str(error)
     if text.startswith("Caught ") and "Original Traceback" in text:
         text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]

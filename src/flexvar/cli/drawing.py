@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import flexvar
 from flexvar.cli.options import Words
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 MOST_PICTURES = 10**6
 """Of one command, which keeps their names and seeds in memory."""
 
-LONGEST_NAME = 100
-"""Letters of a class's name in that of a file."""
+LONGEST_NAME = 200
+"""Bytes of a class's name in that of a file, of which most disks allow 255."""
 
 
 def run_sample(words: Words) -> None:
@@ -125,7 +125,7 @@ def _asked(pipe: FlexVARPipeline, words: Words) -> tuple[list[str | None], list[
     for name in ("count", "batch"):
         if getattr(words, name) < 1:
             raise ValueError(f"--{name} is {getattr(words, name)}; it must be at least 1")
-    if (count := words.count * len(words.classes or [None])) > MOST_PICTURES:
+    if (count := words.count * len(words.classes or [None]) * len(getattr(words, "images", [None]))) > MOST_PICTURES:
         raise ValueError(f"{count} pictures are asked for; draw at most {MOST_PICTURES} with one command, and others from another --seed")
     asked = [word for word in words.classes or [None] for _ in range(words.count)]
     labels, seeds = pipe.labels_of(asked), seeds_of(words.seed, len(asked))
@@ -196,7 +196,7 @@ def move(pipe: FlexVARPipeline, words: Words) -> dict[str, str]:
         pipe.to_int8()
     if words.compile:
         pipe.compile()
-    made = {"device": str(device), "dtype": pipe.precision, "flexvar": version("flexvar")}
+    made = {"device": str(device), "dtype": pipe.precision, "flexvar": flexvar.__version__}
     return made | ({"compiled": "yes"} if "compiled" in pipe.made_faster else {})
 
 
@@ -244,7 +244,8 @@ def _painted(step: Step) -> list[Image.Image]:
 
 
 def _file_name(pipe: FlexVARPipeline, label: int) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in pipe.class_name(label)[:LONGEST_NAME])
+    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in pipe.class_name(label))
+    return name.encode()[:LONGEST_NAME].decode(errors="ignore")
 
 
 def _check_free(folder: Path, paths: Sequence[Path], overwrite: bool) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any, NoReturn
 
+import flexvar
 from flexvar.cli.commands import run_cache, run_convert, run_data, run_info, run_plan, run_train
 from flexvar.cli.drawing import run_app, run_edit, run_sample
 from flexvar.cli.evaluating import add_evaluations
@@ -31,7 +31,7 @@ class OneLine(argparse.ArgumentParser):
 def parsed(arguments: Sequence[str] | None = None) -> Words:
     """The words of a command. A list of them may go on behind options, which argparse alone takes for a mistake."""
     words, more = parser().parse_known_args(arguments)
-    name = getattr(words, "list_of", "")
+    name, more = getattr(words, "list_of", ""), [word for word in more if word != "--"]
     unknown = [word for word in more if not name or word.startswith("-")]
     if unknown:
         words.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -46,9 +46,9 @@ def parser() -> argparse.ArgumentParser:
         prog="flexvar",
         description="Visual autoregressive modelling at any size, aspect ratio and number of steps.",
         epilog="example: flexvar sample pizza --seed 7. Exit status: 0; 2 after a mistake, which one line on stderr explains (and a "
-        "traceback with FLEXVAR_TRACEBACK=1 in the environment); 130 after Ctrl-C",
+        "traceback with FLEXVAR_TRACEBACK=1 in the environment); 130 after Ctrl-C; 141 when nobody reads what it prints",
     )
-    top.add_argument("--version", action="version", version=f"flexvar {version('flexvar')}")
+    top.add_argument("--version", action="version", version=f"flexvar {flexvar.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[Words], None], about: str, example: str, under: Any = commands) -> argparse.ArgumentParser:

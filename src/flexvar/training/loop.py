@@ -294,7 +294,7 @@ class _Run:
         if scores := self.workshop.scored(self.average, self.step, again=again):
             self.folder.report({"step": self.step, "scores": scores})
             self._say(f"step {self.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        peak_memory(self.device)  # nor is that of drawing
+            peak_memory(self.device)  # nor is that of drawing
 
     def _measure(self) -> dict[str, Any]:
         with torch.no_grad(), self._autocast():
@@ -329,7 +329,7 @@ class _Run:
                 raise ValueError(f"not all processes see the same checkpoint in {self.folder.path}; put run= where all machines read it")
             if len(set(data)) > 1:
                 raise ValueError("not all processes see the same pictures and classes; give all machines the same data")
-        if self.rank == 0 and self.step < self.config.steps:  # a finished run stays as it is
+        if self.rank == 0:
             changed = self.folder.begin(self.config, self.step)
             if changed and self.step:
                 self._say(f"{self.folder.path} goes on at step {self.step} with other settings than before: {', '.join(changed)}")

@@ -65,10 +65,12 @@ class RunFolder:
     def begin(self, config: RunConfig, step: int) -> list[str]:
         """Readies the folder for going on at a step; names the settings that differ from those before.
 
-        Raises FileExistsError where it holds what a run would replace, but is none: the checkpoints are gone, or it is something else.
+        Of a finished run only the log is made whole. Raises FileExistsError where the folder holds what a run would replace, but no
+        checkpoints: they were removed, or it is something else.
         """
         dear = [path for path in (self.model, self.best, self.log, self.config) if path.exists()]
-        if dear and not self.checkpoints.is_dir():
+        logged = max((line["step"] for line in self._lines()), default=0)  # a run that was killed before its first checkpoint goes on
+        if step == 0 and dear and (not self.checkpoints.is_dir() or logged > config.save_every):
             raise FileExistsError(f"{dear[0]} is there, but no checkpoints to go on from; choose another run= folder, or move it away")
         for folder in (self.path, self.sheets, self.checkpoints):
             make_folder(folder)
@@ -76,9 +78,9 @@ class RunFolder:
             for left in folder.glob(".*.unfinished"):  # of a process that was killed while writing
                 left.unlink()
         if self.log.is_file():  # what was reported after the checkpoint will be reported again
-            lines = [line for line in self.log.read_text(encoding="utf-8").splitlines() if _is_from(line, step)]
-            write_whole(self.log, lambda path: path.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
-        return write_config(config, self.config)
+            text = "".join(json.dumps(line) + "\n" for line in self._lines() if line["step"] <= step)
+            write_whole(self.log, lambda path: path.write_text(text, encoding="utf-8"))
+        return write_config(config, self.config) if step < config.steps else []
 
     def write_checkpoint(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
         """Writes a checkpoint, then removes those that are neither among the latest nor the best."""
@@ -114,8 +116,15 @@ class RunFolder:
 
     def has(self, what: str, step: int) -> bool:
         """Whether the log has a line of a step that tells this."""
-        lines = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()] if self.log.is_file() else []
-        return any(line["step"] == step and what in line for line in lines)
+        return any(line["step"] == step and what in line for line in self._lines())
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """Those of the log that are whole."""
+        for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.is_file() else ():
+            with suppress(json.JSONDecodeError):
+                read = json.loads(line)
+                if isinstance(read, dict) and "step" in read:
+                    yield read
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -161,11 +170,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_from(line: str, step: int) -> bool:
-    """Whether a line of the log is whole and from no later than a step."""
-    try:
-        return bool(json.loads(line)["step"] <= step)
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return False
