@@ -285,6 +285,9 @@ def test_streams_that_are_closed_or_full_or_read_by_nobody(model: str, tmp_path:
     told = run(f"({sample}; echo $? > {tmp_path}/status) | true")
     assert (len(told.stderr.splitlines()), (tmp_path / "status").read_text()) == (1, "141\n")
     assert Path(picture).is_file()
+    for unbuffered in ("", "1"):
+        assert run(f"{sys.executable} -m flexvar --help | true", PYTHONUNBUFFERED=unbuffered).stderr == ""
+        assert run(f"{sys.executable} -m flexvar --help > /dev/full", PYTHONUNBUFFERED=unbuffered).stderr == ""
 
 
 def test_the_version(capsys) -> None:

@@ -128,7 +128,7 @@ class FlexVARPipeline:
         device: str | int | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> FlexVARPipeline:
-        """Moves both networks to a device, a dtype of floats, or both, by place or by name. ValueError for a model made faster."""
+        """Moves both networks: pipe.to("cuda", torch.bfloat16), or by name. ValueError for no dtype of floats, or where made faster."""
         self.transformer.refuse_made_faster()
         for given in device_or_dtype:
             device, dtype = (device, given) if isinstance(given, torch.dtype) else (given, dtype)
@@ -181,8 +181,8 @@ class FlexVARPipeline:
         indices = self.labels_of(labels.listed(class_labels, edit))
         seeds = seeds_of(settings.pop("seed", None), len(indices))
         recipe = self._recipe(indices, edit, height, width, settings)
-        self._need(recipe.schedule, 1, recipe.guidance, edit).refuse_what_cannot_fit()
-        if len(indices) > 1:  # to draw one takes more than its result
+        if len(indices) > 1:
+            self._need(recipe.schedule, 1, recipe.guidance, edit).refuse_what_cannot_fit()  # first, as it names the size that fits
             refuse_results(self._pixels(recipe.schedule[-1]) if edit is None else edit.size, len(indices))
         at_once = None if batch_size is None else whole_number(batch_size, "batch_size", "give an integer of at least 1", least=1)
 

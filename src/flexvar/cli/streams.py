@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 
-class CannotPrint(Exception):
+class CannotPrint(OSError):
     """stdout cannot be written. Its cause is a BrokenPipeError where nobody reads it any more."""
 
 
@@ -47,4 +47,6 @@ def guarded_streams() -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(CannotPrint):  # of what ended before it was flushed, as --help does
+            sys.stdout.flush()
         sys.stdout, sys.stderr = before
